@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SUPPORTED := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 # Two notebooks at a time, one computing thread each: two cores are not asked for more than they have.
 NBDEV_TEST := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 
@@ -16,10 +17,9 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' Makefile
 
 $(STAMP): pyproject.toml constraints.txt settings.ini
-	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
-	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
-	  echo "hybridvae needs Python 3.11, 3.12 or 3.13, and '$$python' is none of them: name one, as in 'make PYTHON=python3.12'." >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python $(SUPPORTED) 2>/dev/null || $(PYTHON) $(SUPPORTED) 2>/dev/null || { \
+	  echo "hybridvae needs Python 3.11, 3.12 or 3.13, and '$(PYTHON)' is none of them: name one, as in 'make PYTHON=python3.12'." >&2; exit 1; }
+	@$(BIN)/python $(SUPPORTED) 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV): PyTorch is large, so this takes some minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
