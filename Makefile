@@ -39,6 +39,7 @@ test-slow: $(STAMP)  ## the checks of quality, with full training budgets
 docs: $(STAMP)  ## render the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { \
 	  echo "Quarto is not installed (https://quarto.org/docs/get-started/): the site needs it, everything else does without." >&2; exit 1; }
+	rm -rf _proc
 	$(BIN)/nbdev_proc_nbs
 	set -o pipefail; cd _proc && quarto render --no-execute 2>&1 | tee quarto.log
 	@! grep -n WARN _proc/quarto.log || { echo "Quarto warned (above): mend the notebooks it names." >&2; exit 1; }
