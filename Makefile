@@ -34,7 +34,7 @@ test: $(STAMP)  ## package in step with the notebooks, notebooks run, tests pass
 
 test-slow: $(STAMP)  ## the checks of quality, with full training budgets
 	$(NBDEV_TEST) --flags slow
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
 
 docs: $(STAMP)  ## render the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { \
