@@ -1,0 +1,52 @@
+"""What several test files use: a full disk, a check of the user's error messages, and small models."""
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hybridvae.core import HybridVAEError
+
+
+def randomised(model, scale=0.2, seed=0):
+    "The model with every parameter drawn anew: layers that start at zero would hide what is wired to nowhere."
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data.copy_(scale * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def files_below(folder):
+    "Everything below a folder, temporary files and folders too."
+    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*"))
+
+
+class complains:
+    "The block must raise a `HybridVAEError` that is one sentence and says each of `words`."
+
+    def __init__(self, *words):
+        self.words = words
+
+    def __enter__(self):
+        self.raises = pytest.raises(HybridVAEError)
+        self.info = self.raises.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        caught = self.raises.__exit__(*exception)
+        message = str(self.info.value)
+        assert message.endswith(".") and "\n" not in message, message
+        # one sentence: no full stop followed by a space and a capital, what others said in brackets left out
+        assert not re.search(r"\.\s+[A-Z]", re.sub(r"\(.*\)", "", message)), message
+        for word in self.words:
+            assert str(word) in message, f"{word!r} is not in {message!r}"
+        return caught
+
+
+def disk_full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

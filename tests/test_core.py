@@ -1,0 +1,308 @@
+"""Seeded draws, atomic files, run records, weights files, pixels and grids."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import complains, disk_full, files_below
+from hybridvae import core
+from hybridvae.core import (RECORD_KEYS, Draws, Model, atomic_path, budget, build_model, config_hash,
+                            count_parameters, derive_seed, image_grid, load_model, load_records, provenance, record_path,
+                            save_grid, save_model, to_float, to_uint8, weights_hash, write_record)
+from hybridvae.vae import VAE
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+KINDS = {"randn": lambda d, n: d.randn(n, 3), "rand": lambda d, n: d.rand(n, 3), "randint": lambda d, n: d.randint(1000, n, 3)}
+
+
+# --- draws --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("draw", KINDS.values(), ids=KINDS)
+def test_draws_depend_on_seed_step_and_slice_and_on_nothing_else(draw):
+    first = draw(Draws(1, 2, (3,)), 4)
+    assert torch.equal(first, draw(Draws(1, 2, (3,)), 4))
+    for other in (Draws(0, 2, (3,)), Draws(1, 3, (3,)), Draws(1, 2, (4,))):
+        assert not torch.equal(first, draw(other, 4))
+
+
+@pytest.mark.parametrize("draw", KINDS.values(), ids=KINDS)
+def test_slices_drawn_apart_are_the_whole_batch(draw):
+    whole = draw(Draws(0, 5, (0, 1, 2, 3)), 8)
+    assert torch.equal(whole, torch.cat([draw(Draws(0, 5, (s,)), 2) for s in range(4)]))
+    assert torch.equal(whole, torch.cat([draw(Draws(0, 5, pair), 4) for pair in ((0, 1), (2, 3))]))
+
+
+def test_later_draws_continue_and_do_not_repeat():
+    draws = Draws(0, 0)
+    assert not torch.equal(draws.randn(4, 2), draws.randn(4, 2))
+
+
+def test_draws_have_the_distributions_they_name():
+    draws, n = Draws(0, 0), 40_000
+    normal, uniform, integers = draws.randn(n), draws.rand(n), draws.randint(5, n)
+    assert abs(normal.mean()) < 5 / math.sqrt(n) and abs(normal.var() - 1) < 5 * math.sqrt(2 / n)
+    assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 5 / math.sqrt(12 * n)
+    assert integers.unique().tolist() == [0, 1, 2, 3, 4] and integers.dtype == torch.int64
+    assert (integers.bincount() / n - 0.2).abs().max() < 5 * math.sqrt(0.16 / n)
+
+
+def test_a_batch_that_does_not_divide_into_the_slices_is_refused():
+    with pytest.raises(ValueError, match="7 does not divide into 2 slices"):
+        Draws(0, 0, (0, 1)).randn(7, 3)
+
+
+def test_derived_seeds_keep_their_keys_apart():
+    seeds = [derive_seed(*keys) for keys in ((1, 23), (12, 3), (123,), (1, 2, 3), ("order", 1), ("order", 2))]
+    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
+
+
+# --- atomic files -------------------------------------------------------------------------------------------------------
+
+def test_a_file_appears_whole_in_folders_made_on_the_way(tmp_path):
+    with atomic_path(tmp_path / "a" / "b.txt") as tmp:
+        tmp.write_text("whole")
+        assert not (tmp_path / "a" / "b.txt").exists()
+    assert (tmp_path / "a" / "b.txt").read_text() == "whole" and files_below(tmp_path) == ["a", "a/b.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(error), atomic_path(tmp_path / "a.txt") as tmp:
+        tmp.write_text("half")
+        raise error
+    assert (tmp_path / "a.txt").read_text() == "old" and files_below(tmp_path) == ["a.txt"]
+
+
+def test_an_interrupted_folder_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "folder") as tmp:
+        tmp.mkdir()
+        (tmp / "part").write_text("half")
+        raise KeyboardInterrupt
+    assert files_below(tmp_path) == []
+
+
+def test_a_full_disk_is_named_with_its_remedy_and_leaves_the_old_file(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with complains(tmp_path / "a.txt", "No space left", "free some disk space"), atomic_path(tmp_path / "a.txt") as tmp:
+        tmp.write_text("half")
+        disk_full()
+    assert (tmp_path / "a.txt").read_text() == "old" and files_below(tmp_path) == ["a.txt"]
+
+
+def test_a_disk_that_is_full_at_the_renaming_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(core.os, "replace", disk_full)
+    with complains(tmp_path / "a.txt", "No space left"), atomic_path(tmp_path / "a.txt") as tmp:
+        tmp.write_text("whole")
+    assert files_below(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with complains(tmp_path / "file" / "a.txt", "choose another folder"), atomic_path(tmp_path / "file" / "a.txt"):
+        pass
+    assert files_below(tmp_path) == ["file"]
+
+
+# --- records ------------------------------------------------------------------------------------------------------------
+
+def a_record(**changes):
+    return {**dict.fromkeys(RECORD_KEYS, 0), "experiment": "vae", "dataset": "shapes", "subset": None, "seed": 0,
+            "evaluations": [{"metrics": {"FD (shapes)": {"value": 1.25}}}], **changes}
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    records = [a_record(), a_record(seed=1), a_record(subset=100), a_record(experiment="ddpm"), a_record(dataset="cifar10")]
+    paths = [write_record(tmp_path, r) for r in records]
+    assert len(set(paths)) == 5 and paths[0] == tmp_path / "shapes" / "vae" / "seed0.json" == record_path(tmp_path, records[0])
+    assert sorted(map(str, load_records(tmp_path))) == sorted(map(str, records))
+
+
+@pytest.mark.parametrize("key", RECORD_KEYS)
+def test_a_record_that_lacks_a_key_is_refused(tmp_path, key):
+    record = a_record()
+    del record[key]
+    with pytest.raises(ValueError, match=f"lacks {key}"):
+        write_record(tmp_path, record)
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused_and_the_old_record_stays(tmp_path, number):
+    path = write_record(tmp_path, a_record())
+    with pytest.raises(ValueError):
+        write_record(tmp_path, a_record(evaluations=[{"metrics": {"FD (shapes)": {"value": number}}}]))
+    assert json.loads(path.read_text()) == a_record() and files_below(path.parent) == ["seed0.json"]
+
+
+def test_a_later_folder_replaces_the_records_of_an_earlier_one(tmp_path):
+    write_record(tmp_path / "early", a_record(kimg=1))
+    write_record(tmp_path / "early", a_record(kimg=1, seed=1))
+    write_record(tmp_path / "late", a_record(kimg=2))
+    kimg = {r["seed"]: r["kimg"] for r in load_records(tmp_path / "early", tmp_path / "late")}
+    assert kimg == {0: 2, 1: 1}
+    assert {r["seed"]: r["kimg"] for r in load_records(tmp_path / "late", tmp_path / "early")} == {0: 1, 1: 1}
+
+
+def test_folders_that_are_not_there_hold_no_records(tmp_path):
+    assert load_records(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("text", ["{", '{"experiment": "vae"}', "[]", ""])
+def test_what_is_not_a_record_is_named(tmp_path, text):
+    path = write_record(tmp_path, a_record())
+    path.write_text(text)
+    with complains(path, "remove it"):
+        load_records(tmp_path)
+
+
+def test_the_config_hash_ignores_the_order_of_keys_and_nothing_else():
+    assert config_hash({"a": 1, "b": {"c": 2, "d": 3}}) == config_hash({"b": {"d": 3, "c": 2}, "a": 1})
+    assert len({config_hash(c) for c in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": [1]})}) == 5
+
+
+def test_the_commit_comes_from_the_environment_where_there_is_no_git(monkeypatch):
+    monkeypatch.setattr(core, "_git", lambda *args: None)
+    monkeypatch.setenv("HYBRIDVAE_COMMIT", "abc123")
+    assert (provenance()["commit"], provenance()["dirty"]) == ("abc123", False)
+    monkeypatch.delenv("HYBRIDVAE_COMMIT")
+    assert (provenance()["commit"], provenance()["dirty"]) == ("unknown", True)
+
+
+# --- weights files ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def vae():
+    return VAE(image_size=16, z_dim=4, width=8, multipliers=(1, 2))
+
+
+def equal_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_model_comes_back_from_its_weights_file(vae, tmp_path):
+    back = load_model(save_model(vae, tmp_path / "deep" / "vae.safetensors"))
+    assert type(back) is VAE and back.config == vae.config and not back.training and equal_weights(back, vae)
+    assert weights_hash(back) == weights_hash(vae) and count_parameters(back) == count_parameters(vae)
+
+
+def test_half_precision_halves_the_file_and_loads_as_single(vae, tmp_path):
+    half = save_model(vae, tmp_path / "vae.safetensors", torch.float16)
+    assert {t.dtype for t in load_file(half).values()} == {torch.float16}
+    for name, value in load_model(half).state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, vae.state_dict()[name].half().float())
+
+
+def test_the_weights_hash_sees_every_tensor(vae):
+    before, copy = weights_hash(vae), VAE.from_config(vae.config)
+    copy.load_state_dict(vae.state_dict())
+    assert weights_hash(copy) == before
+    for p in copy.parameters():
+        p.data.flatten()[0] += 1
+        assert weights_hash(copy) != before
+        p.data.flatten()[0] -= 1
+
+
+def truncated(path, vae):
+    save_model(vae, path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def foreign(path, vae):
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def of_another_shape(path, vae):
+    save_file({k: v[:1] for k, v in vae.state_dict().items()}, path, metadata={"config": json.dumps(vae.config)})
+
+
+DAMAGES = [truncated, foreign, of_another_shape, lambda path, vae: path.write_bytes(b""), lambda path, vae: path.write_text("x" * 99)]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["truncated", "foreign", "other shapes", "empty", "text"])
+def test_a_file_that_holds_no_model_is_named(vae, tmp_path, damage):
+    damage(tmp_path / "vae.safetensors", vae)
+    with complains(tmp_path / "vae.safetensors", "train or download it again"):
+        load_model(tmp_path / "vae.safetensors")
+
+
+def test_a_weights_file_that_is_not_there_is_named(tmp_path):
+    with complains(tmp_path / "none.safetensors", "give the path"):
+        load_model(tmp_path / "none.safetensors")
+
+
+def test_weights_that_do_not_fit_on_the_disk_leave_nothing(vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(core.os, "replace", disk_full)
+    with complains(tmp_path / "vae.safetensors", "No space left"):
+        save_model(vae, tmp_path / "vae.safetensors")
+    assert files_below(tmp_path) == []
+
+
+def test_a_config_that_names_no_class_or_no_argument_is_refused():
+    with complains("no model class 'VEA'", "VAE"):
+        build_model({"model": "VEA"})
+    with complains("the config of VAE does not fit", "widht"):
+        build_model({"model": "VAE", "widht": 3})
+
+
+def test_a_new_model_class_is_known_by_its_name():
+    try:
+        Dummy = type("Dummy", (Model,), {})
+        assert isinstance(build_model({"model": "Dummy"}), Dummy)
+    finally:
+        core.MODELS.pop("Dummy", None)
+
+
+# --- pixels and grids ---------------------------------------------------------------------------------------------------
+
+def test_every_byte_survives_the_way_to_float_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(2, 16, 16, 3)
+    x = to_float(pixels)
+    assert (x.min(), x.max(), x.dtype, x.shape) == (-1, 1, torch.float32, (2, 3, 16, 16))
+    assert torch.equal(to_uint8(x), pixels.permute(0, 3, 1, 2))
+
+
+def test_pixels_are_rounded_to_the_nearest_byte_and_clipped():
+    levels = torch.tensor([-0.4, 0.4, 0.6, 99.6, 100.4, 254.4, 254.6, 255.4, 400.0, -400.0])
+    assert to_uint8((levels / 127.5 - 1).reshape(1, 1, 2, 5)).flatten().tolist() == [0, 0, 1, 100, 100, 254, 255, 255, 255, 0]
+
+
+def test_a_grid_puts_each_image_in_its_row_and_column():
+    images = torch.randint(255, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))  # no white
+    picture = image_grid(images, columns=3, padding=2)
+    assert picture.shape == (2 * 6 - 2, 3 * 8 - 2, 3) and picture.dtype == np.uint8
+    white = np.ones(picture.shape[:2], bool)
+    for i, (top, left) in enumerate([(0, 0), (0, 8), (0, 16), (6, 0), (6, 8)]):
+        np.testing.assert_array_equal(picture[top:top + 4, left:left + 6], images[i].permute(1, 2, 0))
+        white[top:top + 4, left:left + 6] = False
+    assert (picture[white] == 255).all()
+
+
+def test_a_grid_of_few_grey_floats_is_narrow_and_has_three_equal_channels():
+    picture = image_grid(torch.linspace(-1, 1, 2 * 4).reshape(2, 1, 2, 2), columns=8, padding=1)
+    assert picture.shape == (2, 5, 3) and (picture == picture[..., :1]).all()
+
+
+def test_a_grid_on_disk_is_the_grid(tmp_path):
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    path = save_grid(images, tmp_path / "a" / "grid.png", columns=2)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), image_grid(images, columns=2))
+
+
+# --- budget -------------------------------------------------------------------------------------------------------------
+
+def test_the_budget_scales_training(monkeypatch):
+    monkeypatch.delenv("HYBRIDVAE_BUDGET", raising=False)
+    assert budget(40) == 40
+    monkeypatch.setenv("HYBRIDVAE_BUDGET", "0.1")
+    assert budget(40) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "much", "nan", "inf"])
+def test_a_budget_that_is_no_positive_number_is_refused(monkeypatch, text):
+    monkeypatch.setenv("HYBRIDVAE_BUDGET", text)
+    with complains(f"HYBRIDVAE_BUDGET is {text!r}", "positive number"):
+        budget(1)

@@ -1,0 +1,394 @@
+"""Shapes and their factors, CIFAR-10 from an archive or from arrays, what can go wrong with files, and batches."""
+import colorsys
+import hashlib
+import io
+import pickle
+import tarfile
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from conftest import complains, disk_full, files_below
+from hybridvae import core, data
+from hybridvae.core import Draws, to_float
+from hybridvae.data import (CIFAR10_CLASSES, FACTORS, SHAPE_NAMES, SHAPES_SIZES, Batches, ImageData, draw_shapes, load_cifar10,
+                            load_data, prepare_cifar10, shapes_factors)
+from torchvision.datasets import CIFAR10
+
+ARRAYS = ["test_images.npy", "test_labels.npy", "train_images.npy", "train_labels.npy"]
+
+
+# --- Shapes -------------------------------------------------------------------------------------------------------------
+
+def test_shapes_are_the_same_for_the_same_number():
+    some = np.array([5, 0, 123_456, 5])
+    factors = shapes_factors(some)
+    np.testing.assert_array_equal(factors, np.concatenate([shapes_factors([i]) for i in some]))
+    np.testing.assert_array_equal(draw_shapes(factors), np.concatenate([draw_shapes(f[None]) for f in factors]))
+    np.testing.assert_array_equal(factors[0], factors[3])
+
+
+def splitmix64(counter):
+    "SplitMix64's finaliser in plain integers, as its authors define it: in [0, 1)."
+    z = counter * 0x9E3779B97F4A7C15 % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) / 2**64
+
+
+@pytest.mark.parametrize("number", [0, 1, 19_999, 1_000_000_000])
+def test_factors_never_change(number):
+    "Records compare runs of different days and machines: the same number must mean the same image."
+    (found,) = shapes_factors([number])
+    for k, (value, (low, high)) in enumerate(zip(found, FACTORS.values())):
+        want = low + (high - low) * splitmix64(number * len(FACTORS) + k + 1)
+        assert value == pytest.approx(int(want) if isinstance(low, int) else want, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def small_shapes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.SHAPES_SIZES, "train", 600)
+        patch.setitem(data.SHAPES_SIZES, "test", 300)
+        return load_data("shapes"), load_data("shapes", "test")
+
+
+def test_no_image_is_in_both_splits(small_shapes):
+    starts = {}
+    for split, size in SHAPES_SIZES.items():  # the published sizes
+        starts[split] = shapes_factors((0 if split == "train" else 1_000_000_000) + np.arange(size))
+    assert (starts["train"].shape, starts["test"].shape) == ((20_000, 8), (4_000, 8))
+    train, test = ({row.tobytes() for row in s} for s in starts.values())
+    assert len(train) == 20_000 and len(test) == 4_000 and not train & test
+    for part, name in zip(small_shapes, starts):  # and those are the factors of the images that are loaded
+        np.testing.assert_array_equal(part.labels, starts[name][:len(part)])
+        np.testing.assert_array_equal(part.images[:20], draw_shapes(part.labels[:20]))
+
+
+def test_factors_fill_their_ranges_and_are_independent():
+    factors = shapes_factors(np.arange(20_000))
+    for column, (name, (low, high)) in zip(factors.T, FACTORS.items()):
+        assert low <= column.min() and column.max() <= high, name
+        spread = (column.max() - column.min()) / (high - 1 - low if name == "shape" else high - low)
+        assert spread > 0.999, name
+    assert sorted(set(factors[:, 0])) == list(range(len(SHAPE_NAMES)))
+    off_diagonal = np.corrcoef(factors.T) - np.eye(len(FACTORS))
+    assert abs(off_diagonal).max() < 5 / np.sqrt(len(factors))
+
+
+def test_a_shape_has_the_hue_and_the_place_that_its_factors_say():
+    factors = shapes_factors(np.arange(300))
+    for image, f in zip(draw_shapes(factors, 64), factors):
+        _, hue, _, x, y, *_ = f
+        row, column = (int(64 * (0.5 + v)) for v in (y, x))
+        seen, saturation, value = colorsys.rgb_to_hsv(*image[row, column] / 255)
+        assert abs((seen - hue + 0.5) % 1 - 0.5) < 0.004 and abs(saturation - 0.9) < 0.01 and abs(value - 0.95) < 0.01
+
+
+def test_the_ground_has_its_own_hue():
+    factors = shapes_factors(np.arange(300))
+    for image, ground in zip(draw_shapes(factors), factors[:, 6]):
+        corners = image[[0, 0, -1, -1], [0, -1, 0, -1]]  # no shape reaches them
+        seen, saturation, _ = colorsys.rgb_to_hsv(*corners.mean(axis=0) / 255)
+        assert abs((seen - ground + 0.5) % 1 - 0.5) < 0.02 and abs(saturation - 0.4) < 0.04
+
+
+def test_the_kinds_look_different_and_larger_ones_cover_more():
+    kinds = len(SHAPE_NAMES)
+    f = np.repeat(shapes_factors([7]), kinds, axis=0)
+    f[:, 0], f[:, 2:6] = range(kinds), [0.33, 0, 0, 0]
+    images = draw_shapes(f).astype(int)
+    for i in range(kinds):
+        assert all(abs(images[i] - images[j]).sum(axis=-1).max() > 100 for j in range(i))
+        g = np.repeat(f[i:i + 1], 4, axis=0)
+        g[:, 2] = np.linspace(*FACTORS["size"], 4)
+        covered = (abs(draw_shapes(g).astype(int) - images[i, 16, 16]).sum(axis=-1) < 5).sum(axis=(1, 2))
+        assert (np.diff(covered) > 0).all()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("shape",), ("no data set 'shape'", "shapes", "cifar10")), (("shapes", "dev"), ("no split 'dev'", "train or test")),
+    (("shapes", "train", 601), ("601", "from 1 to 600")), (("shapes", "train", 0), ("from 1 to 600",)),
+    (("shapes", "train", -3), ("from 1 to 600",))])
+def test_unknown_names_and_impossible_subsets_are_refused(monkeypatch, arguments, words):
+    monkeypatch.setitem(data.SHAPES_SIZES, "train", 600)
+    with complains(*words):
+        load_data(*arguments)
+
+
+def test_a_subset_is_the_first_images_with_their_labels(small_shapes):
+    part = small_shapes[0].first(7)
+    np.testing.assert_array_equal(part.images, small_shapes[0].images[:7])
+    np.testing.assert_array_equal(part.labels, small_shapes[0].labels[:7])
+    assert (len(part), part.image_size) == (7, 32) and part.tensor().shape == (7, 3, 32, 32)
+    np.testing.assert_array_equal(part.tensor()[3, 1], part.images[3, :, :, 1])
+
+
+# --- CIFAR-10 through torchvision ---------------------------------------------------------------------------------------
+
+def md5(content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+class Server:
+    "What answers instead of the network: `urlopen` of this object."
+
+    def __init__(self, content):
+        self.content, self.calls = content, 0
+
+    def __call__(self, request, *args, **kwargs):
+        self.calls += 1
+        if isinstance(self.content, Exception):
+            raise self.content
+        response = io.BytesIO(self.content)
+        response.url, response.length = request.full_url, len(self.content)
+        return response
+
+
+@pytest.fixture
+def cifar10(monkeypatch):
+    "A small archive in the official layout, whose checksums torchvision is told: (server, images and labels by split)."
+    rng = np.random.default_rng(0)
+    members, truth = {}, {"train": ([], []), "test": ([], [])}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        planes, labels = rng.integers(0, 256, (4, 3072), dtype=np.uint8), rng.integers(0, 10, 4).tolist()
+        members[name] = pickle.dumps({"data": planes, "labels": labels})
+        images, classes = truth["test" if name == "test_batch" else "train"]
+        images += [p.reshape(3, 32, 32).transpose(1, 2, 0) for p in planes]
+        classes += labels
+    members["batches.meta"] = pickle.dumps({"label_names": list(CIFAR10_CLASSES)})
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(file.getvalue()))
+    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", md5(members[f"data_batch_{i}"])] for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(members["test_batch"])]])
+    monkeypatch.setitem(CIFAR10.meta, "md5", md5(members["batches.meta"]))
+    server = Server(file.getvalue())
+    monkeypatch.setattr(urllib.request, "urlopen", server)
+    return server, {split: (np.stack(images), np.array(labels)) for split, (images, labels) in truth.items()}
+
+
+def test_cifar10_is_downloaded_once_and_then_read_from_arrays(cifar10, tmp_path, monkeypatch):
+    server, truth = cifar10
+    monkeypatch.setenv("HYBRIDVAE_DATA", str(tmp_path / "cache"))
+    for split, (images, labels) in truth.items():
+        part = load_data("cifar10", split)
+        np.testing.assert_array_equal(part.images, images)
+        np.testing.assert_array_equal(part.labels, labels)
+        assert part.images.dtype == np.uint8 and (part.name, part.split) == ("cifar10", split)
+    assert files_below(tmp_path / "cache" / "cifar10") == ARRAYS  # neither archive nor folders are left
+    server.content, calls = urllib.error.URLError("no network"), server.calls
+    load_data("cifar10", "train", subset=3)
+    assert server.calls == calls
+
+
+def test_without_a_network_the_user_is_told_what_to_do(cifar10, tmp_path):
+    cifar10[0].content = urllib.error.URLError("Name or service not known")
+    with complains(tmp_path / "cifar10", "Name or service not known", "check the network connection", *ARRAYS):
+        load_cifar10("train", tmp_path)
+    assert files_below(tmp_path) == ["cifar10"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_half_a_download_is_noticed_and_nothing_of_it_kept(cifar10, tmp_path, share):
+    server, truth = cifar10
+    whole = server.content
+    server.content = whole[:int(share * len(whole))]
+    with complains("CIFAR-10 could not be downloaded", tmp_path / "cifar10", "check the network connection"):
+        prepare_cifar10(tmp_path)
+    assert files_below(tmp_path) == ["cifar10"]
+    server.content = whole  # the next attempt starts afresh
+    np.testing.assert_array_equal(load_cifar10("test", tmp_path).images, truth["test"][0])
+
+
+def test_a_download_that_is_interrupted_leaves_nothing(cifar10, tmp_path):
+    class Stop(Server):
+        def __call__(self, request):
+            raise KeyboardInterrupt
+    urllib.request.urlopen = Stop(b"")  # the fixture puts the real one back
+    with pytest.raises(KeyboardInterrupt):
+        prepare_cifar10(tmp_path)
+    assert files_below(tmp_path) == ["cifar10"]
+
+
+@pytest.mark.parametrize("where", ["save", "replace"])
+@pytest.mark.parametrize("written", [0, 1, 3])
+def test_a_disk_that_is_full_leaves_only_whole_arrays(cifar10, tmp_path, monkeypatch, where, written):
+    module, real = (np, np.save) if where == "save" else (core.os, core.os.replace)
+    calls = []
+
+    def limited(*args):
+        calls.append(args)
+        return real(*args) if len(calls) <= written else disk_full()
+    monkeypatch.setattr(module, where, limited)
+    with complains(tmp_path / "cifar10", ".npy", "No space left", "free some disk space"):
+        prepare_cifar10(tmp_path)
+    left = files_below(tmp_path / "cifar10")
+    assert len(left) == written and set(left) < set(ARRAYS)
+    monkeypatch.setattr(module, where, real)
+    for split, (images, labels) in cifar10[1].items():  # and the next attempt completes them
+        part = load_cifar10(split, tmp_path)
+        np.testing.assert_array_equal(part.images, images)
+        np.testing.assert_array_equal(part.labels, labels)
+
+
+def test_a_data_folder_that_cannot_be_written_is_named(cifar10, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("HYBRIDVAE_DATA", str(tmp_path / "file"))
+    with complains(tmp_path / "file", "set HYBRIDVAE_DATA to a folder that can be written"):
+        load_data("cifar10")
+    monkeypatch.setattr(data.tempfile, "TemporaryDirectory", disk_full)
+    monkeypatch.setenv("HYBRIDVAE_DATA", str(tmp_path / "full"))
+    with complains(tmp_path / "full", "No space left"):
+        load_data("cifar10")
+    assert cifar10[0].calls == 0 and files_below(tmp_path) == ["file", "full", "full/cifar10"]
+
+
+# --- CIFAR-10 from arrays -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def arrays(tmp_path, monkeypatch):
+    "A cache with the four arrays and no network: the folder."
+    folder = tmp_path / "cifar10"
+    folder.mkdir()
+    for split, n in (("train", 6), ("test", 4)):
+        np.save(folder / f"{split}_images.npy", np.full((n, 32, 32, 3), n, np.uint8))
+        np.save(folder / f"{split}_labels.npy", np.arange(n, dtype=np.uint8))
+    monkeypatch.setattr(urllib.request, "urlopen", Server(urllib.error.URLError("no network")))
+    return folder
+
+
+def test_arrays_in_the_cache_are_all_that_is_needed(arrays):
+    for split, n in (("train", 6), ("test", 4)):
+        part = load_cifar10(split, arrays.parent)
+        assert len(part) == n and (part.images == n).all() and part.labels.tolist() == list(range(n))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def save(array):
+    return lambda path: np.save(path, array, allow_pickle=True)
+
+
+def images(*shape, dtype=np.uint8):
+    return save(np.zeros(shape, dtype))
+
+
+FAULTS = {
+    "half a file": ("train_images.npy", cut, "not a whole .npy file"),
+    "half a header": ("train_images.npy", lambda p: p.write_bytes(p.read_bytes()[:20]), "not a whole .npy file"),
+    "empty file": ("train_labels.npy", lambda p: p.write_bytes(b""), "not a whole .npy file"),
+    "no array": ("train_images.npy", lambda p: p.write_text("hello"), "not a whole .npy file"),
+    "objects": ("train_labels.npy", save(np.array([{}] * 6)), "not a whole .npy file"),
+    "channels first": ("train_images.npy", images(6, 3, 32, 32), "(6, 3, 32, 32), but uint8 of shape N x 32 x 32 x 3"),
+    "other size": ("train_images.npy", images(6, 64, 64, 3), "N x 32 x 32 x 3"),
+    "too few axes": ("train_images.npy", images(6, 3072), "N x 32 x 32 x 3"),
+    "no images": ("train_images.npy", images(0, 32, 32, 3), "N x 32 x 32 x 3"),
+    "floats": ("train_images.npy", images(6, 32, 32, 3, dtype=np.float32), "holds float32"),
+    "wide labels": ("train_labels.npy", images(6, dtype=np.int64), "holds int64"),
+    "two axes of labels": ("train_labels.npy", images(6, 1), "of shape (6, 1), but uint8 of shape N"),
+    "a class too many": ("train_labels.npy", save(np.array([0, 1, 2, 3, 4, 10], np.uint8)), "0 to 10, but 0 to 9 are allowed"),
+}
+
+
+@pytest.mark.parametrize("name, damage, words", FAULTS.values(), ids=FAULTS)
+def test_a_damaged_array_is_named_with_its_remedy(arrays, name, damage, words):
+    damage(arrays / name)
+    with complains(arrays / name, words, "remove it and prepare the data set again"):
+        load_cifar10("train", arrays.parent)
+    assert files_below(arrays) == ARRAYS
+
+
+def test_counts_that_differ_are_named(arrays):
+    np.save(arrays / "train_labels.npy", np.zeros(5, np.uint8))
+    with complains(arrays, "6 train images but 5 labels", "remove both files"):
+        load_cifar10("train", arrays.parent)
+
+
+def test_one_array_that_is_missing_is_not_made_up(arrays):
+    (arrays / "train_labels.npy").unlink()
+    with complains(arrays, "check the network connection", "train_labels.npy"):
+        load_cifar10("test", arrays.parent)
+    assert files_below(arrays) == [n for n in ARRAYS if n != "train_labels.npy"]
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("HYBRIDVAE_DATA", raising=False)
+    assert data.data_root() == tmp_path / "hybridvae"
+    monkeypatch.setenv("HYBRIDVAE_DATA", str(tmp_path / "mine"))
+    assert data.data_root() == tmp_path / "mine"
+
+
+# --- batches ------------------------------------------------------------------------------------------------------------
+
+def numbered(n, size=4):
+    "n images, all different and none symmetric, whose label is their number."
+    pixels = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    return ImageData("numbered", "train", pixels, np.arange(n))
+
+
+@pytest.mark.parametrize("n, batch", [(12, 4), (10, 4), (7, 6), (5, 8)])  # also batches over the end of an epoch
+def test_each_epoch_is_a_new_permutation(n, batch):
+    batches, epochs = Batches(numbered(n), batch, seed=0), 4
+    seen = torch.cat([batches.indices(step) for step in range(-(-n * epochs // batch))])[:n * epochs].reshape(epochs, n)
+    assert all(sorted(epoch) == list(range(n)) for epoch in seen.tolist())
+    assert len({tuple(epoch) for epoch in seen.tolist()}) == epochs
+
+
+def test_any_step_can_be_asked_for_in_any_order():
+    forwards, backwards = Batches(numbered(10), 4, seed=3), Batches(numbered(10), 4, seed=3)
+    want = [forwards.indices(step).tolist() for step in range(20)]
+    assert [backwards.indices(step).tolist() for step in reversed(range(20))] == want[::-1]
+    assert Batches(numbered(10), 4, seed=3).indices(17).tolist() == want[17]
+    assert [Batches(numbered(10), 4, seed=4).indices(step).tolist() for step in range(20)] != want
+
+
+def test_a_batch_holds_the_images_and_labels_of_its_indices():
+    few = numbered(10)
+    batches = Batches(few, 4, seed=0)
+    x, y = batches(1, Draws(0, 1))
+    assert torch.equal(y, batches.indices(1))
+    assert torch.equal(x, to_float(torch.from_numpy(few.images[y.numpy()])))
+
+
+@pytest.mark.parametrize("owners", [[(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)]])
+def test_the_parts_of_all_processes_are_the_whole_batch(owners):
+    few = numbered(10)
+    whole = Batches(few, 8, seed=0, flip=True, n_slices=4, slices=(0, 1, 2, 3))
+    parts = [Batches(few, 8, seed=0, flip=True, n_slices=4, slices=s) for s in owners]
+    for step in range(5):
+        x, y = whole(step, Draws(0, step, (0, 1, 2, 3)))
+        pieces = [part(step, Draws(0, step, s)) for part, s in zip(parts, owners)]
+        assert torch.equal(x, torch.cat([p[0] for p in pieces])) and torch.equal(y, torch.cat([p[1] for p in pieces]))
+
+
+def test_flipped_images_are_exact_mirror_images_and_half_of_all():
+    few, steps = numbered(10), 100
+    plain, flipped, mirrored = Batches(few, 8, seed=0), Batches(few, 8, seed=0, flip=True), 0
+    for step in range(steps):
+        x, y = flipped(step, Draws(0, step))
+        original, same = plain(step, Draws(0, step))
+        assert torch.equal(y, same)
+        is_mirrored = (x == original.flip(-1)).all(dim=(1, 2, 3))
+        assert (is_mirrored ^ (x == original).all(dim=(1, 2, 3))).all()  # one or the other, never both
+        mirrored += is_mirrored.sum().item()
+    assert abs(mirrored / (8 * steps) - 0.5) < 5 * 0.5 / np.sqrt(8 * steps)
+
+
+def test_a_batch_that_does_not_divide_into_slices_is_refused():
+    with complains("a batch of 10 images", "4 slices", "multiple of 4"):
+        Batches(numbered(4), 10, seed=0, n_slices=4, slices=(0,))
+
+
+def test_images_without_labels_make_batches_without_labels():
+    few = numbered(4)
+    assert Batches(ImageData("x", "train", few.images), 2, seed=0)(0, Draws(0, 0))[1] is None
