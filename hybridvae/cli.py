@@ -167,7 +167,8 @@ def render_report(runs: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"HYBRIDVAE_RUNS": str(Path(runs).resolve()), "JUPYTER_PREFER_ENV_PATH": "1"}
     nb = nbformat.read(source, as_version=4)
-    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
+                   extra_arguments=["--log-level=ERROR"]).execute()
     nb = resolve_references(nb, read_bibliography((source.parent / "refs.bib").read_text()))
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     html, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": "hybridvae report"}})

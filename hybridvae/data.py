@@ -142,7 +142,7 @@ def read_array(path: Path, shape: tuple, low: int = 0, high: int = 255) -> np.nd
     if not fits or array.dtype != np.uint8 or len(array) == 0:
         want = " x ".join("N" if s is None else str(s) for s in shape)
         raise HybridVAEError(f"{path} holds {array.dtype} of shape {array.shape}, but uint8 of shape {want} is needed: {remedy}")
-    array = np.ascontiguousarray(array)
+    array = np.array(array)  # into memory
     if array.min() < low or array.max() > high:
         raise HybridVAEError(f"{path} has values from {array.min()} to {array.max()}, but {low} to {high} are allowed: {remedy}")
     return array

@@ -17,7 +17,7 @@ from .runs import Entry
 from .unet import UNet
 from .vae import VAE, reparameterize
 
-# %% ../nbs/01_diffusevae.ipynb #cell-004
+# %% ../nbs/01_diffusevae.ipynb #cell-010
 class DiffuseVAE(Model):
     """A frozen VAE and a diffusion model conditioned on its output (Pandey et al. 2022).
 
@@ -108,7 +108,7 @@ class DiffuseVAE(Model):
             return {}
         return {"condition_agreement": condition_agreement(self, features)}
 
-# %% ../nbs/01_diffusevae.ipynb #cell-006
+# %% ../nbs/01_diffusevae.ipynb #cell-024
 @torch.no_grad()
 def convert_form(model: DiffuseVAE) -> DiffuseVAE:
     """The same function in the other form: form 1 → 2 with W₂' = W₂ - W₁ in the first convolution, and back.
@@ -125,7 +125,7 @@ def convert_form(model: DiffuseVAE) -> DiffuseVAE:
     weight[:, half:] += weight[:, :half] * (-1 if model.form == 1 else 1)
     return other.train(model.training)
 
-# %% ../nbs/01_diffusevae.ipynb #cell-008
+# %% ../nbs/01_diffusevae.ipynb #cell-029
 @torch.no_grad()
 def condition_agreement(model: DiffuseVAE, features: FeatureNetwork, n: int = 500, sampler: str = "dpmpp", steps: int = 20,
                         seed: int = 0) -> dict:
@@ -144,7 +144,7 @@ def condition_agreement(model: DiffuseVAE, features: FeatureNetwork, n: int = 50
         return {"shape": shape.float().mean().item(), "hue": hue.float().mean().item(), "both": (shape & hue).float().mean().item()}
     return {"n": n, **agree(coarse), "shuffled": agree(shuffled)}
 
-# %% ../nbs/01_diffusevae.ipynb #cell-010
+# %% ../nbs/01_diffusevae.ipynb #cell-033
 def experiments(dataset: str = "shapes") -> list[Entry]:
     """Stage 1's entries for all presets of a data set, seeds 0, 1, 2.
 

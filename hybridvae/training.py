@@ -145,7 +145,9 @@ def _load_training_state(path: Path, model, average, optimizer) -> None:
         elif kind == "optimizer":
             name, _, entry = name.rpartition("/")
             p = average.source[name]
-            optimizer.state[p][entry] = value if entry == "step" and not p.is_cuda else value.to(p.device)
+            # moments must have their weight's memory layout: the fused optimiser pairs numbers by position in memory
+            layout = p if value.shape == p.shape else value
+            optimizer.state[p][entry] = torch.empty_like(layout, device=p.device).copy_(value)
         else:
             (average.source[name].data if kind == "weight" else average.values[name]).copy_(value)
 
@@ -291,6 +293,11 @@ class _Run:
         self.folder, self.config = folder, config
         self.identity = config_hash({"model": model.config, "train": dataclasses.asdict(config), "seed": seed})
         self.step, self.seconds, self.history, self.pending, self.since_point = 0, 0.0, [], [], []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HybridVAEError(f"{folder} cannot be used for a run ({error.strerror}): choose a folder that can be "
+                                 "written.") from error
         self.checkpoint = latest_checkpoint(folder)
         if self.checkpoint:
             try:
