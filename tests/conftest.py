@@ -37,8 +37,10 @@ class complains:
         self.info = self.raises.__enter__()
         return self
 
-    def __exit__(self, *exception):
-        caught = self.raises.__exit__(*exception)
+    def __exit__(self, kind, *exception):
+        caught = self.raises.__exit__(kind, *exception)
+        if not caught:
+            return False  # another exception: let it be seen
         message = str(self.info.value)
         assert message.endswith(".") and "\n" not in message, message
         # one sentence: no full stop followed by a space and a capital, what others said in brackets left out
