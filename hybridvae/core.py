@@ -332,7 +332,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
 # %% ../nbs/00a_core.ipynb #cell-040
 PRESETS = {
     "shapes": {
-        "vae": {"image_size": 32, "z_dim": 12, "width": 24, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.4},
+        "vae": {"image_size": 32, "z_dim": 12, "width": 24, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.5},
         "unet": {"image_size": 32, "width": 32, "multipliers": [1, 2, 2], "attention": [4], "patch": 2},
         "diffusion": {"schedule": "cosine", "prediction": "v", "weighting": "min_snr"},
         "train_features": {"kimg": 120, "batch_size": 64, "lr": 2e-3},
