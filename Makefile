@@ -11,7 +11,7 @@ SUPPORTED := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3,
 # Two notebooks at a time, one computing thread each: two cores are not asked for more than they have.
 NBDEV_TEST := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 
-.PHONY: help report test test-slow docs readme clean
+.PHONY: help report test test-slow faults docs readme clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ test: $(STAMP)  ## package in step with the notebooks, notebooks run, tests pass
 test-slow: $(STAMP)  ## the checks of quality, with full training budgets
 	$(NBDEV_TEST) --flags slow
 	$(BIN)/pytest -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
+
+faults: $(STAMP)  ## plant known faults in a copy: the tests must notice each of them
+	$(BIN)/python tests/planted_faults.py
 
 docs: $(STAMP)  ## render the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { \

@@ -13,14 +13,14 @@ import torch
 from conftest import complains, disk_full, files_below
 from hybridvae import core, data
 from hybridvae.core import Draws, to_float
-from hybridvae.data import (CIFAR10_CLASSES, FACTORS, SHAPE_NAMES, SHAPES_SIZES, Batches, ImageData, draw_shapes, load_cifar10,
-                            load_data, prepare_cifar10, shapes_factors)
+from hybridvae.data import (CIFAR10_CLASSES, FACTORS, SHAPE_NAMES, SHAPES_SIZES, Batches, ImageData, draw_shapes,
+                            load_cifar10, load_data, prepare_cifar10, shapes_factors)
 from torchvision.datasets import CIFAR10
 
 ARRAYS = ["test_images.npy", "test_labels.npy", "train_images.npy", "train_labels.npy"]
 
 
-# --- Shapes -------------------------------------------------------------------------------------------------------------
+# --- Shapes ---------------------------------------------------------------------------------------------------------
 
 def test_shapes_are_the_same_for_the_same_number():
     some = np.array([5, 0, 123_456, 5])
@@ -109,7 +109,8 @@ def test_the_kinds_look_different_and_larger_ones_cover_more():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("shape",), ("no data set 'shape'", "shapes", "cifar10")), (("shapes", "dev"), ("no split 'dev'", "train or test")),
+    (("shape",), ("no data set 'shape'", "shapes", "cifar10")),
+    (("shapes", "dev"), ("no split 'dev'", "train or test")),
     (("shapes", "train", 601), ("601", "from 1 to 600")), (("shapes", "train", 0), ("from 1 to 600",)),
     (("shapes", "train", -3), ("from 1 to 600",))])
 def test_unknown_names_and_impossible_subsets_are_refused(monkeypatch, arguments, words):
@@ -126,7 +127,7 @@ def test_a_subset_is_the_first_images_with_their_labels(small_shapes):
     np.testing.assert_array_equal(part.tensor()[3, 1], part.images[3, :, :, 1])
 
 
-# --- CIFAR-10 through torchvision ---------------------------------------------------------------------------------------
+# --- CIFAR-10 through torchvision -----------------------------------------------------------------------------------
 
 def md5(content):
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
@@ -166,8 +167,9 @@ def cifar10(monkeypatch):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(file.getvalue()))
-    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", md5(members[f"data_batch_{i}"])] for i in range(1, 6)])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(members["test_batch"])]])
+    sums = [[name, md5(content)] for name, content in members.items()]
+    monkeypatch.setattr(CIFAR10, "train_list", sums[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", sums[5:6])
     monkeypatch.setitem(CIFAR10.meta, "md5", md5(members["batches.meta"]))
     server = Server(file.getvalue())
     monkeypatch.setattr(urllib.request, "urlopen", server)
@@ -250,7 +252,7 @@ def test_a_data_folder_that_cannot_be_written_is_named(cifar10, tmp_path, monkey
     assert cifar10[0].calls == 0 and files_below(tmp_path) == ["file", "full", "full/cifar10"]
 
 
-# --- CIFAR-10 from arrays -----------------------------------------------------------------------------------------------
+# --- CIFAR-10 from arrays -------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def arrays(tmp_path, monkeypatch):
@@ -295,7 +297,8 @@ FAULTS = {
     "floats": ("train_images.npy", images(6, 32, 32, 3, dtype=np.float32), "holds float32"),
     "wide labels": ("train_labels.npy", images(6, dtype=np.int64), "holds int64"),
     "two axes of labels": ("train_labels.npy", images(6, 1), "of shape (6, 1), but uint8 of shape N"),
-    "a class too many": ("train_labels.npy", save(np.array([0, 1, 2, 3, 4, 10], np.uint8)), "0 to 10, but 0 to 9 are allowed"),
+    "a class too many": ("train_labels.npy", save(np.array([0, 1, 2, 3, 4, 10], np.uint8)),
+                         "0 to 10, but 0 to 9 are allowed"),
 }
 
 
@@ -328,7 +331,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert data.data_root() == tmp_path / "mine"
 
 
-# --- batches ------------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------------------------
 
 def numbered(n, size=4):
     "n images, all different and none symmetric, whose label is their number."

@@ -1,4 +1,4 @@
-"""Schedules, forward process, losses, posteriors and samplers against diffusers and brute force, in double precision."""
+"""Schedules, forward process, losses, posteriors and samplers against diffusers and brute force, in float64."""
 import contextlib
 from unittest import mock
 
@@ -48,7 +48,7 @@ def diffusers_sample(scheduler, noise, steps, generator=None, **step_options):
     return step.pred_original_sample if isinstance(scheduler, DDPMScheduler) else y
 
 
-# --- schedules ----------------------------------------------------------------------------------------------------------
+# --- schedules ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_are_those_of_diffusers(schedule):
@@ -77,13 +77,14 @@ def test_unknown_choices_are_refused_and_the_known_ones_named(argument):
 
 def test_unknown_samplers_and_step_counts_are_refused():
     diffusion = GaussianDiffusion()
-    for options, words in ((dict(sampler="euler"), "choose from ancestral, ddim, dpmpp"), (dict(variance="learned"), "small, large"),
-                           (dict(steps=0), "from 1 to 1000"), (dict(steps=1001), "from 1 to 1000")):
+    for options, words in ((dict(sampler="euler"), "choose from ancestral, ddim, dpmpp"),
+                           (dict(variance="learned"), "small, large"), (dict(steps=0), "from 1 to 1000"),
+                           (dict(steps=1001), "from 1 to 1000")):
         with pytest.raises(ValueError, match=words):
             diffusion.sample(network, normal(), **options)
 
 
-# --- forward process and posterior by brute force -----------------------------------------------------------------------
+# --- forward process and posterior by brute force -------------------------------------------------------------------
 
 def chain(betas):
     """y_0, ..., y_T of the Markov chain y_t = √(1-β_t) y_{t-1} + √β_t e_t, written as A y_0 + N e, one row for each t.
@@ -144,7 +145,7 @@ def test_before_the_first_step_there_is_no_noise():
     assert diffusion.alpha_bar(999) == pytest.approx(np.prod(1 - diffusion.betas))
 
 
-# --- predictions and losses ---------------------------------------------------------------------------------------------
+# --- predictions and losses -----------------------------------------------------------------------------------------
 
 TIMES = torch.tensor([0, 400, 999])
 
@@ -165,7 +166,8 @@ def test_targets_are_those_of_diffusers(schedule):
         velocity = DDPMScheduler(beta_schedule=THEIR_SCHEDULE[schedule]).get_velocity(x0, eps, TIMES)
     want = {"eps": eps, "x0": x0, "v": velocity}
     for prediction in PREDICTIONS:
-        torch.testing.assert_close(GaussianDiffusion(schedule, prediction=prediction).target(x0, TIMES, eps), want[prediction], **TIGHT)
+        found = GaussianDiffusion(schedule, prediction=prediction).target(x0, TIMES, eps)
+        torch.testing.assert_close(found, want[prediction], **TIGHT)
 
 
 def weight_of_x0(diffusion, weighting, gamma=5.0):
@@ -211,7 +213,7 @@ def test_the_papers_loss_is_the_plain_error_of_the_noise():
     torch.testing.assert_close(loss.double(), (out - eps).square().mean(dim=(1, 2, 3)), rtol=1e-5, atol=0)
 
 
-# --- samplers against diffusers -----------------------------------------------------------------------------------------
+# --- samplers against diffusers -------------------------------------------------------------------------------------
 
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -220,7 +222,8 @@ STEPS = [1, 2, 3, 7, 10, 15, 20, 30, 50, 333]  # also counts that 1000 does not 
 
 
 def their_options(schedule, prediction):
-    return dict(beta_schedule=THEIR_SCHEDULE[schedule], prediction_type=THEIR_PREDICTION[prediction], timestep_spacing="trailing")
+    return dict(beta_schedule=THEIR_SCHEDULE[schedule], prediction_type=THEIR_PREDICTION[prediction],
+                timestep_spacing="trailing")
 
 
 def agree(found, wanted):
@@ -234,12 +237,13 @@ def agree(found, wanted):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_is_that_of_diffusers(schedule, prediction, clip, eta):
     options = dict(their_options(schedule, prediction), clip_sample=clip)
-    # DDIMScheduler steps back by 1000 // steps whatever its timesteps are: only divisors of 1000 mean the same there. Its
-    # default keeps the ε of the prediction that was clipped away; ours is the ε that belongs to the clipped image.
+    # DDIMScheduler steps back by 1000 // steps whatever its timesteps are: only divisors of 1000 mean the same there.
+    # Its default keeps the ε of the prediction that was clipped away; ours is the ε that belongs to the clipped image.
     for steps in (1, 2, 10, 20, 50, 250):
         found = GaussianDiffusion(schedule, prediction=prediction).sample(
             network, normal(), "ddim", steps, clip=clip, eta=eta, generator=generator(1))
-        wanted = diffusers_sample(lambda: DDIMScheduler(**options), normal(), steps, generator(1), eta=eta, use_clipped_model_output=True)
+        wanted = diffusers_sample(lambda: DDIMScheduler(**options), normal(), steps, generator(1), eta=eta,
+                                  use_clipped_model_output=True)
         agree(found, wanted)
 
 
@@ -290,7 +294,7 @@ def test_the_network_is_asked_once_for_each_step_at_the_trailing_timesteps(steps
     assert asked == [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
 
 
-# --- samplers as samplers -----------------------------------------------------------------------------------------------
+# --- samplers as samplers -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_ideal_network_samples_the_data_it_knows(sampler):
@@ -315,7 +319,7 @@ def test_the_generator_decides_the_noise_that_is_added(sampler):
     assert torch.equal(draw(0), draw(1)) == (sampler != "ancestral")
 
 
-# --- form 2 -------------------------------------------------------------------------------------------------------------
+# --- form 2 ---------------------------------------------------------------------------------------------------------
 
 @every_prediction
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -325,7 +329,8 @@ def test_form_2_is_form_1_of_the_network_that_sees_the_shifted_image(prediction,
     shifted = diffusion.sample(network, normal(), shift=shift, generator=generator(1), **options)
     plain = diffusion.sample(lambda y, t: network(y + shift, t), normal(), generator=generator(1), **options)
     torch.testing.assert_close(shifted, plain, rtol=0, atol=0)
-    assert not torch.allclose(shifted, diffusion.sample(network, normal(), generator=generator(1), **options), atol=1e-3)
+    unshifted = diffusion.sample(network, normal(), generator=generator(1), **options)
+    assert not torch.allclose(shifted, unshifted, atol=1e-3)
 
 
 @pytest.mark.parametrize("steps", [10, 30, 1000])

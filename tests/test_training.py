@@ -1,6 +1,6 @@
 """The training loop: memorising, exact resumption after a kill, averaged weights, bad losses, logs, several processes.
 
-Run as a script it is the other process of its own tests: `python test_training.py kill <folder>` trains and kills itself.
+Run as a script it is the other process of its own tests: `python test_training.py kill <folder>` kills itself.
 """
 import json
 import math
@@ -42,7 +42,8 @@ def small_ddpm(seed=0, dropout=0.3):
 
 
 def settings(steps=24, batch_size=8, **options):
-    return TrainConfig(**{**dict(kimg=steps * batch_size / 1000, batch_size=batch_size, n_slices=2, precision="fp32"), **options})
+    length = dict(kimg=steps * batch_size / 1000, batch_size=batch_size)
+    return TrainConfig(**{**length, "n_slices": 2, "precision": "fp32", **options})
 
 
 def quietly(model, folder, config, data=None, **options):
@@ -66,11 +67,15 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def progress(folder):
+    return json.loads((latest_checkpoint(folder) / "progress.json").read_text())
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# --- the other processes ------------------------------------------------------------------------------------------------
+# --- the other processes --------------------------------------------------------------------------------------------
 
 def long_run(folder, kill_in=None):
     "Dropout, flips, averaged weights, ten epochs. A log beside the folder gets a line for each step that is begun."
@@ -80,7 +85,8 @@ def long_run(folder, kill_in=None):
         if step == kill_in:
             os.kill(os.getpid(), signal.SIGKILL)
     model = before_each_loss(small_ddpm(), begin)
-    return quietly(model, folder, settings(flip=True), heldout=few(8, start=100), checkpoint_kimg=CHECKPOINTS_EVERY * 8 / 1000)
+    return quietly(model, folder, settings(flip=True), heldout=few(8, start=100),
+                   checkpoint_kimg=CHECKPOINTS_EVERY * 8 / 1000)
 
 
 def shared_run(folder):
@@ -94,16 +100,17 @@ def as_a_process(*arguments, launcher=()):
     "Run this file as a script."
     paths = [str(Path(hybridvae.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run([sys.executable, *launcher, __file__, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *launcher, __file__, *map(str, arguments)], env=environment,
+                          capture_output=True, text=True)
 
 
 if __name__ == "__main__":
     what, where = sys.argv[1:]
-    {"kill": lambda: long_run(where, KILLED_IN), "continue": lambda: long_run(where), "share": lambda: shared_run(where)}[what]()
+    shared_run(where) if what == "share" else long_run(where, KILLED_IN if what == "kill" else None)
     sys.exit()
 
 
-# --- learning by heart --------------------------------------------------------------------------------------------------
+# --- learning by heart ----------------------------------------------------------------------------------------------
 
 def test_a_vae_learns_sixteen_images_by_heart(tmp_path):
     images = few(16)
@@ -120,7 +127,8 @@ def test_a_ddpm_learns_more_of_sixteen_images_than_any_guess_pixel_by_pixel(tmp_
     images = few(16)
     x = images.tensor().double() / 127.5 - 1
     torch.manual_seed(0)
-    ddpm = DDPM(unet=dict(image_size=16, width=16, multipliers=(1, 2), attention=(), patch=2), diffusion=dict(weighting="v"))
+    unet = dict(image_size=16, width=16, multipliers=(1, 2), attention=(), patch=2)
+    ddpm = DDPM(unet=unet, diffusion=dict(weighting="v"))
     abar, variance = torch.tensor(ddpm.diffusion.alphas_cumprod)[:, None], x.var(dim=0, correction=0).flatten()
     # the best prediction that knows each pixel's mean and variance: weight 1/(1-ᾱ) times what it leaves of the variance
     guess = (variance / (abar * variance + 1 - abar)).mean()
@@ -128,7 +136,7 @@ def test_a_ddpm_learns_more_of_sixteen_images_than_any_guess_pixel_by_pixel(tmp_
     assert heldout_losses(ddpm, images, precision="fp32")["loss"] < 0.75 * guess
 
 
-# --- stop, kill, continue -----------------------------------------------------------------------------------------------
+# --- stop, kill, continue -------------------------------------------------------------------------------------------
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
     long_run(tmp_path / "whole")
@@ -144,9 +152,8 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
     for name in ("model.safetensors", "state.safetensors"):
         whole, halves = (tmp_path / run / "checkpoint-24" / name for run in ("whole", "killed"))
         assert whole.read_bytes() == halves.read_bytes(), name
-    whole, halves = (json.loads((tmp_path / run / "checkpoint-24/progress.json").read_text()) for run in ("whole", "killed"))
-    assert [p["kimg"] for p in whole["history"]] == [p["kimg"] for p in halves["history"]]
-    assert whole["history"][-1] == halves["history"][-1]
+    whole, halves = (progress(tmp_path / run)["history"] for run in ("whole", "killed"))
+    assert [p["kimg"] for p in whole] == [p["kimg"] for p in halves] and whole[-1] == halves[-1]
 
 
 def test_the_run_above_depends_on_what_it_is_meant_to_test(tmp_path):
@@ -177,7 +184,8 @@ def test_a_limit_in_minutes_stops_with_a_checkpoint_and_any_number_of_stops_chan
 def test_a_limit_that_is_not_reached_changes_nothing(tmp_path):
     model, limited = small_vae(), small_vae()
     quietly(model, tmp_path / "a", settings(steps=4))
-    assert quietly(limited, tmp_path / "b", settings(steps=4), minutes=60).finished and same(weights(model), weights(limited))
+    result = quietly(limited, tmp_path / "b", settings(steps=4), minutes=60)
+    assert result.finished and same(weights(model), weights(limited))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
@@ -188,12 +196,15 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert result.finished and steps == [] and same(weights(first), weights(second)) and not second.training
 
 
-@pytest.mark.parametrize("change", [dict(config=settings(steps=5)), dict(config=settings(lr=2e-3)), dict(seed=1), dict(beta=2.0)], ids=str)
-def test_a_folder_with_another_run_is_refused_and_left_alone(tmp_path, change):
-    quietly(small_vae(), tmp_path, settings(steps=4))
+@pytest.mark.parametrize("config, seed, beta", [
+    (settings(steps=5), 0, 1.0), (settings(steps=4, lr=2e-3), 0, 1.0), (settings(steps=4), 1, 1.0),
+    (settings(steps=4), 0, 2.0)],
+    ids=["longer", "faster", "other seed", "other model"])
+def test_a_folder_with_another_run_is_refused_and_left_alone(tmp_path, config, seed, beta):
+    quietly(small_vae(beta=1.0), tmp_path, settings(steps=4), seed=0)
     before = files_below(tmp_path)
     with complains(tmp_path, "another config or seed", "choose another folder or remove it"):
-        quietly(small_vae(beta=change.get("beta", 1.0)), tmp_path, change.get("config", settings(steps=4)), seed=change.get("seed", 0))
+        quietly(small_vae(beta=beta), tmp_path, config, seed=seed)
     assert files_below(tmp_path) == before
 
 
@@ -229,7 +240,7 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert same(weights(continued), weights(whole))
 
 
-# --- averaged weights ---------------------------------------------------------------------------------------------------
+# --- averaged weights -----------------------------------------------------------------------------------------------
 
 def test_the_saved_model_has_the_averaged_weights(tmp_path):
     raw, steps, batch = [], 40, 8
@@ -281,7 +292,7 @@ def test_the_average_is_put_in_and_taken_out_again_even_after_an_error():
     assert same(weights(layer), now)
 
 
-# --- bad losses ---------------------------------------------------------------------------------------------------------
+# --- bad losses -----------------------------------------------------------------------------------------------------
 
 def breaks(model, step, value):
     "From this step on the loss is `value`, and its gradient with it."
@@ -298,11 +309,12 @@ def test_a_loss_that_is_not_finite_names_step_terms_and_the_last_good_checkpoint
     if not at_once:
         note = training._Run.note
         monkeypatch.setattr(training._Run, "note", lambda self, losses, check: note(self, losses, check=False))
-    with complains("not finite at step 7 ", f"loss = {value}", "kl = ", "gradient_norm = ", tmp_path / "checkpoint-6", "lower the learning rate"):
+    with complains("not finite at step 7 ", f"loss = {value}", "kl = ", "gradient_norm = ", tmp_path / "checkpoint-6",
+                   "lower the learning rate"):
         quietly(breaks(small_vae(), 7, value), tmp_path, settings(steps=12), checkpoint_kimg=0.024)
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]  # 9 would have held the bad weights
     assert all(v.isfinite().all() for v in load_file(tmp_path / "checkpoint-6" / "state.safetensors").values())
-    continued, whole = small_vae(seed=1), small_vae()  # it is a good one: once the cause is mended the run goes on from it
+    continued, whole = small_vae(seed=1), small_vae()  # it is a good one: once the cause is mended the run goes on
     quietly(continued, tmp_path, settings(steps=12), checkpoint_kimg=0.024)
     quietly(whole, tmp_path / "whole", settings(steps=12))
     assert same(weights(continued), weights(whole))
@@ -327,7 +339,7 @@ def test_a_finite_loss_with_a_bad_gradient_is_stopped_as_well(tmp_path):
         quietly(model, tmp_path, settings(steps=12))
 
 
-# --- optimisation -------------------------------------------------------------------------------------------------------
+# --- optimisation ---------------------------------------------------------------------------------------------------
 
 def test_the_learning_rate_warms_up_and_decays_and_is_what_the_optimiser_uses(tmp_path, monkeypatch):
     used = []
@@ -354,8 +366,9 @@ def test_warm_up_and_average_follow_the_length_of_the_run():
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(kimg=0), "kimg is 0"), (dict(batch_size=-1), "batch_size is -1"), (dict(lr=math.nan), "lr is nan"), (dict(clip=math.inf), "clip is inf"),
-    (dict(n_slices=0), "n_slices is 0"), (dict(lr_decay="step"), "'step' must be cosine or constant"), (dict(precision="fp16"), "'fp16'")])
+    (dict(kimg=0), "kimg is 0"), (dict(batch_size=-1), "batch_size is -1"), (dict(lr=math.nan), "lr is nan"),
+    (dict(clip=math.inf), "clip is inf"), (dict(n_slices=0), "n_slices is 0"),
+    (dict(lr_decay="step"), "'step' must be cosine or constant"), (dict(precision="fp16"), "'fp16'")])
 def test_impossible_settings_are_refused(options, words):
     with complains(words):
         TrainConfig(**options)
@@ -381,7 +394,7 @@ def test_heldout_losses_use_the_same_noise_every_time_and_leave_the_mode_as_it_w
     assert first != heldout_losses(model, data, batch_size=16, seed=1, precision="fp32")
 
 
-# --- the log ------------------------------------------------------------------------------------------------------------
+# --- the log --------------------------------------------------------------------------------------------------------
 
 def test_tensorboard_has_every_term_once_even_after_a_kill(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -393,7 +406,7 @@ def test_tensorboard_has_every_term_once_even_after_a_kill(tmp_path):
         if step == 25:
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        quietly(before_each_loss(small_vae(), stop), tmp_path, config, heldout=held, checkpoint_kimg=0.12)  # every 15 steps
+        quietly(before_each_loss(small_vae(), stop), tmp_path, config, heldout=held, checkpoint_kimg=0.12)  # 15 steps
     result = quietly(small_vae(seed=1), tmp_path, config, heldout=held, checkpoint_kimg=0.12)
     log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     terms = ["loss", "reconstruction", "kl", "mse", "reconstruction_per_image", "kl_per_image"]
@@ -403,7 +416,8 @@ def test_tensorboard_has_every_term_once_even_after_a_kill(tmp_path):
         steps = [event.step for event in log.Scalars(tag)]
         assert steps == (list(range(0, 50, 10)) if tag.startswith("train/") else list(range(2, 51, 2))), tag
     x, y = Batches(few(), 8, 0, n_slices=2, slices=(0, 1))(0, draws := Draws(0, 0, (0, 1)))
-    assert log.Scalars("train/loss")[0].value == pytest.approx(first.training_loss(x, y, draws=draws)["loss"].item(), rel=1e-5)
+    loss = first.training_loss(x, y, draws=draws)["loss"].item()
+    assert log.Scalars("train/loss")[0].value == pytest.approx(loss, rel=1e-5)
     assert log.Scalars("train/learning_rate")[3].value == pytest.approx(config.lr_at(30))
     for event, point in zip(log.Scalars("heldout/kl"), result.history):
         assert event.value == pytest.approx(point["heldout_kl"], rel=1e-5) and point["kimg"] == event.step * 8 / 1000
@@ -425,18 +439,19 @@ def test_the_history_is_the_mean_of_the_steps_between_its_points(tmp_path):
         assert point["kl"] == pytest.approx(np.mean(seen[3 * i:3 * i + 3]), rel=1e-5)
 
 
-# --- several processes --------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------------------------
 
 def test_two_processes_end_with_the_weights_of_one(tmp_path):
     one, result = shared_run(tmp_path / "one")
-    run = as_a_process("share", tmp_path / "two", launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = as_a_process("share", tmp_path / "two", launcher=launcher)
     assert run.returncode == 0, run.stderr
     two = load_model(latest_checkpoint(tmp_path / "two") / "model.safetensors").state_dict()
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5, msg=name)
     start = small_vae().state_dict()
     assert max((value - start[name]).abs().max() for name, value in one.state_dict().items()) > 1e-3  # it has learnt
-    heldout = json.loads((latest_checkpoint(tmp_path / "two") / "progress.json").read_text())["history"][-1]["heldout_loss"]
+    heldout = progress(tmp_path / "two")["history"][-1]["heldout_loss"]
     assert heldout == pytest.approx(result.history[-1]["heldout_loss"], rel=1e-4)
 
 

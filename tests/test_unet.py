@@ -12,9 +12,10 @@ CONDITIONED = dict(SMALL, cond_channels=3, z_dim=5)
 def inputs(unet, n=2, seed=0):
     "x_t, t, cond and z for this network, None where it takes none."
     g, c = generator(seed), unet.config
-    image = lambda channels: torch.randn(n, channels, c["image_size"], c["image_size"], generator=g)
-    return (image(c["channels"]), torch.randint(1000, (n,), generator=g), image(c["cond_channels"]) if c["cond_channels"] else None,
-            torch.randn(n, c["z_dim"], generator=g) if c["z_dim"] else None)
+    size = c["image_size"]
+    image = lambda channels: torch.randn(n, channels, size, size, generator=g) if channels else None
+    z = torch.randn(n, c["z_dim"], generator=g) if c["z_dim"] else None
+    return image(c["channels"]), torch.randint(1000, (n,), generator=g), image(c["cond_channels"]), z
 
 
 @pytest.mark.parametrize("options", [
@@ -57,8 +58,10 @@ def test_a_patch_counts_in_the_resolution():
 
 @pytest.mark.parametrize("options, words", [
     (dict(attention=(12,)), "attention at .12.: choose from the resolutions .16, 8."),
-    (dict(attention=(16, 4)), "choose from the resolutions"), (dict(image_size=15, attention=()), "image_size 15 does not divide"),
-    (dict(image_size=18, attention=(), patch=4), "does not divide by patch 4"), (dict(image_size=18, attention=(), multipliers=(1, 1, 1)), "2 halvings")])
+    (dict(attention=(16, 4)), "choose from the resolutions"),
+    (dict(image_size=15, attention=()), "image_size 15 does not divide"),
+    (dict(image_size=18, attention=(), patch=4), "does not divide by patch 4"),
+    (dict(image_size=18, attention=(), multipliers=(1, 1, 1)), "2 halvings")])
 def test_resolutions_that_do_not_occur_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         UNet(**{**SMALL, **options})
@@ -77,7 +80,7 @@ def test_attention_is_the_weighted_mean_of_values():
     torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
 
 
-# --- what reaches the output --------------------------------------------------------------------------------------------
+# --- what reaches the output ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_every_channel_of_image_and_condition_and_every_number_of_the_code_reaches_the_output(patch):
@@ -104,7 +107,8 @@ def test_each_image_has_its_own_time_condition_and_code():
     unet = randomised(UNet(**CONDITIONED))
     together = unet(*inputs(unet, n=3))
     for i in range(3):
-        torch.testing.assert_close(unet(*(v[i:i + 1] for v in inputs(unet, n=3))), together[i:i + 1], rtol=1e-4, atol=1e-4)
+        alone = unet(*(v[i:i + 1] for v in inputs(unet, n=3)))
+        torch.testing.assert_close(alone, together[i:i + 1], rtol=1e-4, atol=1e-4)
 
 
 def test_the_code_scales_and_shifts_every_block():
@@ -143,7 +147,7 @@ def test_the_time_embedding_is_that_of_the_paper():
         torch.testing.assert_close(found[:, 4 + k].double(), angle.sin(), rtol=1e-4, atol=1e-4)
 
 
-# --- size ---------------------------------------------------------------------------------------------------------------
+# --- size -----------------------------------------------------------------------------------------------------------
 
 def test_the_published_cifar10_network_has_its_published_size():
     """Ho et al. (2020) state 35.7 million parameters for CIFAR-10; their network, built with diffusers, has 35,746,307.
@@ -159,7 +163,7 @@ def test_the_published_cifar10_network_has_its_published_size():
     assert count_parameters(unet) - scales + middle_attention == 35_746_307
 
 
-# --- DDPM ---------------------------------------------------------------------------------------------------------------
+# --- DDPM -----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def ddpm():
@@ -191,4 +195,5 @@ def test_a_ddpm_config_builds_the_same_model(ddpm):
     assert again.config == ddpm.config
     again.load_state_dict(ddpm.state_dict())
     x = torch.rand(2, 3, 16, 16, generator=generator())
-    assert torch.equal(again.training_loss(x, draws=Draws(0, 0))["loss"], ddpm.training_loss(x, draws=Draws(0, 0))["loss"])
+    a, b = (m.training_loss(x, draws=Draws(0, 0))["loss"] for m in (again, ddpm))
+    assert torch.equal(a, b)

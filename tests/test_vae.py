@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 from conftest import generator, randomised
-from hybridvae.core import Draws
+from hybridvae.core import Draws, to_float
+from hybridvae.data import ImageData
 from hybridvae.priors import StandardNormal
 from hybridvae.vae import VAE, kl_divergence, reparameterize
 from torch.distributions import MultivariateNormal, Normal, kl_divergence as oracle_kl
@@ -25,7 +26,7 @@ def posterior(mu, logvar):
     return Normal(mu, logvar.exp().sqrt())
 
 
-# --- terms --------------------------------------------------------------------------------------------------------------
+# --- terms ----------------------------------------------------------------------------------------------------------
 
 def test_the_kl_is_that_of_torch_distributions():
     mu, logvar = (v.double() for v in codes())
@@ -65,7 +66,8 @@ def test_the_loss_is_the_elbo_of_torch_distributions_with_the_kl_weighted(sigma,
     nll = -Normal(vae.decode(z), sigma).log_prob(x).sum(dim=(1, 2, 3)).mean()  # nats per image
     kl = oracle_kl(posterior(mu, logvar), Normal(0.0, 1.0)).sum(dim=1).mean()
     dimensions = 3 * 16 * 16
-    want = {"reconstruction_per_image": nll, "kl_per_image": kl, "reconstruction": nll / dimensions, "kl": kl / dimensions,
+    want = {"reconstruction_per_image": nll, "reconstruction": nll / dimensions,
+            "kl_per_image": kl, "kl": kl / dimensions,
             "loss": (nll + beta * kl) / dimensions, "mse": (x - vae.decode(z)).square().mean()}
     assert kl > 0.1 and terms.keys() == want.keys()
     for name, value in want.items():
@@ -87,7 +89,7 @@ def test_draws_decide_the_loss():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-# --- prior --------------------------------------------------------------------------------------------------------------
+# --- prior ----------------------------------------------------------------------------------------------------------
 
 def test_the_prior_is_the_standard_normal():
     z = torch.randn(7, 5, generator=generator(), dtype=torch.float64)
@@ -104,12 +106,13 @@ def test_draws_from_the_prior_follow_the_generator_and_its_moments():
     assert ((z.T.cov() - torch.eye(3)).abs() < 5 * math.sqrt(2 / n)).all()
 
 
-# --- the model ----------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size, channels, patch, multipliers, blocks",
-                         [(16, 3, 2, (1, 2), 1), (32, 3, 2, (1, 2, 4), 2), (16, 1, 1, (1, 2, 2), 1), (24, 2, 4, (1,), 1)])
+@pytest.mark.parametrize("size, channels, patch, multipliers, blocks", [
+    (16, 3, 2, (1, 2), 1), (32, 3, 2, (1, 2, 4), 2), (16, 1, 1, (1, 2, 2), 1), (24, 2, 4, (1,), 1)])
 def test_images_and_codes_have_the_shapes_asked_for(size, channels, patch, multipliers, blocks):
-    vae = randomised(VAE(image_size=size, channels=channels, z_dim=5, width=8, multipliers=multipliers, blocks=blocks, patch=patch))
+    shape = dict(image_size=size, channels=channels, patch=patch, multipliers=multipliers, blocks=blocks)
+    vae = randomised(VAE(z_dim=5, width=8, **shape))
     x = images(2, size, channels)
     mu, logvar = vae.encode(x)
     assert mu.shape == logvar.shape == (2, 5) and vae.decode(mu).shape == vae.reconstruct(x).shape == x.shape
@@ -142,6 +145,22 @@ def test_samples_are_decoded_draws_from_the_prior_within_the_range():
 def test_reconstructions_come_from_the_mean():
     vae, x = randomised(VAE(**SMALL)), images()
     assert torch.equal(vae.reconstruct(x), vae.decode(vae.encode(x)[0])) and not vae.reconstruct(x).requires_grad
+
+
+def test_a_record_says_how_well_held_out_images_come_back_and_how_much_of_the_code_is_used():
+    vae = randomised(VAE(**SMALL))
+    vae.encoder.net[-1].weight.data[:2] = 0  # two numbers of the code say nothing about the image
+    vae.encoder.net[-1].bias.data[5] = 0.0
+    vae.encoder.net[-1].bias.data[0] = 0.0
+    vae.encoder.net[-1].weight.data[5] = 0  # and the first one's posterior is the prior
+    pixels = torch.randint(256, (20, 16, 16, 3), dtype=torch.uint8, generator=generator())
+    test = ImageData("noise", "test", pixels.numpy())
+    found, x = vae.measures(None, test), to_float(pixels)
+    mu, logvar = vae.encode(x)
+    want = oracle_kl(posterior(mu, logvar), Normal(0.0, 1.0)).mean(dim=0)
+    torch.testing.assert_close(torch.tensor(found["kl_per_code_dimension"]), want, rtol=1e-4, atol=1e-6)
+    assert want[0] == 0 and want[1:].min() > 0.01 and found["active_units"] == 3
+    assert found["heldout_reconstruction_mse"] == pytest.approx((vae.reconstruct(x) - x).square().mean().item())
 
 
 def test_extreme_log_variances_stay_finite():

@@ -1,0 +1,177 @@
+"""Are the tests any good? Plant known faults in a copy of the package, one at a time: each must turn its test red.
+
+Run by `make faults`, not by pytest; two to four minutes on two CPU cores.
+"""
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+COPIED = ["hybridvae", "tests", "weights", "pyproject.toml"]
+WORKERS = 2
+
+
+class Fault(NamedTuple):
+    name: str
+    module: str  # file in hybridvae/
+    old: str  # must occur exactly once
+    new: str
+    test: str  # must fail, and pass without the fault
+
+
+KILLED = "test_training.py::test_a_killed_run_continues_bit_for_bit"
+FAULTS = [
+    # diffusion
+    Fault("c1 and c2 swapped", "diffusion.py", "mean = c1 * x0 + c2 * x_t", "mean = c2 * x0 + c1 * x_t",
+          "test_diffusion.py::test_the_posterior_is_the_conditional_of_the_joint_gaussian"),
+    Fault("posterior of form 2 shifted by all of x̂", "diffusion.py", "mean + (1 - c2) * shift", "mean + shift",
+          "test_diffusion.py::test_the_posterior_is_the_conditional_of_the_joint_gaussian"),
+    Fault("forward process of form 2 without x̂", "diffusion.py", "        return y if shift is None else y + shift",
+          "        return y",
+          "test_diffusion.py::test_q_sample_jumps_where_the_chain_walks"),
+    Fault("network of form 2 sees y instead of y + x̂", "diffusion.py", "x_t = y if shift is None else y + shift",
+          "x_t = y",
+          "test_diffusion.py::test_form_2_is_form_1_of_the_network_that_sees_the_shifted_image"),
+    Fault("x̂ added to the returned image", "diffusion.py", "previous = (x0, t)\n        return y",
+          "previous = (x0, t)\n        return y if shift is None else y + shift",
+          "test_diffusion.py::test_a_perfect_network_returns_the_image_and_not_the_image_plus_the_shift"),
+    Fault("ᾱ off by one in the samplers", "diffusion.py", "float(self.alphas_cumprod[t]) if t >= 0",
+          "float(self.alphas_cumprod[t - 1]) if t >= 1",
+          "test_diffusion.py::test_ddim_is_that_of_diffusers"),
+    Fault("noise left before the first step", "diffusion.py", "if t >= 0 else 1.0",
+          "if t >= 0 else float(self.alphas_cumprod[0])",
+          "test_diffusion.py::test_all_thousand_ancestral_steps_are_those_of_diffusers"),
+    Fault("last ancestral step adds noise", "diffusion.py", "return mean  # the last", "pass  # the last",
+          "test_diffusion.py::test_all_thousand_ancestral_steps_are_those_of_diffusers"),
+    Fault("σ of DDIM without its first factor", "diffusion.py", "np.sqrt((1 - then) / (1 - now) * (1 - now / then))",
+          "np.sqrt(1 - now / then)",
+          "test_diffusion.py::test_ddim_is_that_of_diffusers"),
+    Fault("DPM-Solver++ of first order", "diffusion.py", "x0 = x0 + (x0 - before) / (2 * r)", "x0 = x0",
+          "test_diffusion.py::test_dpm_solver_and_ddim_as_its_first_order_are_those_of_diffusers"),
+    Fault("sign of v", "diffusion.py", "a * eps - s * x0}", "s * x0 - a * eps}",
+          "test_diffusion.py::test_the_target_is_turned_back_into_the_image"),
+    Fault("min-SNR weight without its cap", "diffusion.py", "np.minimum(snr, self.gamma)", "snr",
+          "test_diffusion.py::test_the_loss_is_the_weighted_error_of_the_image_in_every_prediction"),
+    Fault("weight of v's error for that of ε's", "diffusion.py", '"v": snr + 1, "x0"', '"v": snr, "x0"',
+          "test_diffusion.py::test_the_loss_is_the_weighted_error_of_the_image_in_every_prediction"),
+    # VAE
+    Fault("KL without the -1", "vae.py", "return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)",
+          "return 0.5 * (mu.square() + logvar.exp() - logvar)",
+          "test_vae.py::test_the_kl_is_that_of_torch_distributions"),
+    Fault("KL with the wrong sign of logvar", "vae.py", "return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)",
+          "return 0.5 * (mu.square() + logvar.exp() - 1 + logvar)",
+          "test_vae.py::test_the_kl_is_that_of_torch_distributions"),
+    Fault("logvar taken for log σ", "vae.py", "mu + (0.5 * logvar).exp() * eps", "mu + logvar.exp() * eps",
+          "test_vae.py::test_reparameterized_codes_have_the_mean_and_deviation_of_the_posterior"),
+    # U-Net and DiffuseVAE
+    Fault("latent code ignored", "unet.py", "embedding + self.z_mlp(z)", "embedding + 0 * self.z_mlp(z)",
+          "test_diffusevae.py::test_the_code_guides_where_it_is_asked_to_and_nowhere_else"),
+    Fault("condition not concatenated", "unet.py", "torch.cat([x, cond], dim=1)", "torch.cat([x, x], dim=1)",
+          "test_diffusevae.py::test_another_coarse_image_gives_another_refinement"),
+    Fault("attention one level off", "unet.py", "if size in attention else", "if 2 * size in attention else",
+          "test_unet.py::test_attention_is_at_the_named_resolutions_and_nowhere_else"),
+    Fault("forms converted with the wrong sign", "diffusevae.py", "(-1 if model.form == 1 else 1)",
+          "(1 if model.form == 1 else -1)",
+          "test_diffusevae.py::test_converted_weights_give_the_same_samples_in_the_other_form"),
+    Fault("x̂ decoded from the mean", "diffusevae.py", "draws.randn(*mu.shape))", "0 * draws.randn(*mu.shape))",
+          "test_diffusevae.py::test_the_condition_is_drawn_and_not_the_mean"),
+    Fault("VAE trained", "diffusevae.py", ".requires_grad_(False).eval()", ".eval()",
+          "test_diffusevae.py::test_the_vae_is_in_the_checkpoint_but_in_neither_average_nor_optimiser"),
+    Fault("VAE in training mode", "diffusevae.py", "        self.vae.eval()\n", "",
+          "test_diffusevae.py::test_the_vae_stays_frozen_and_in_evaluation_mode"),
+    # training
+    Fault("averaged weights not saved", "training.py", "with average.applied():\n            save_model",
+          "with contextlib.nullcontext():\n            save_model",
+          "test_training.py::test_the_saved_model_has_the_averaged_weights"),
+    Fault("average not restored", "training.py",
+          '(average.source[name].data if kind == "weight" else average.values[name]).copy_(value)',
+          "average.source[name].data.copy_(value) if kind == 'weight' else None", KILLED),
+    Fault("moments restored in another memory layout", "training.py",
+          "torch.empty_like(layout, device=p.device).copy_(value)", "value.to(p.device)", KILLED),
+    Fault("dropout not seeded anew", "training.py",
+          'torch.manual_seed(derive_seed("global", seed, step, accelerator.process_index))', "pass", KILLED),
+    Fault("learning rate without its schedule", "training.py", '["lr"] = config.lr_at(step)', '["lr"] = config.lr',
+          "test_training.py::test_the_learning_rate_warms_up_and_decays_and_is_what_the_optimiser_uses"),
+    Fault("bad losses let through", "training.py", "if not all(map(math.isfinite, losses.values())):", "if False:",
+          "test_training.py::test_a_loss_that_is_not_finite_names_step_terms_and_the_last_good_checkpoint"),
+    Fault("every process draws for the first slices", "training.py", "reshape(world, -1)[accelerator.process_index]",
+          "reshape(world, -1)[0]",
+          "test_training.py::test_two_processes_end_with_the_weights_of_one"),
+    # draws, pixels, files, data
+    Fault("noise the same in every slice", "core.py", "derive_seed(seed, step, s))", "derive_seed(seed, step))",
+          "test_core.py::test_draws_depend_on_seed_step_and_slice_and_on_nothing_else"),
+    Fault("pixels truncated", "core.py", ".mul(127.5).round()", ".mul(127.5)",
+          "test_core.py::test_pixels_are_rounded_to_the_nearest_byte_and_clipped"),
+    Fault("half-written files left", "core.py", "            shutil.rmtree(tmp, ignore_errors=True)",
+          "            pass",
+          "test_core.py::test_an_interrupted_write_leaves_the_old_file_and_nothing_else"),
+    Fault("data in the same order in every epoch", "data.py", 'derive_seed("order", self.seed, epoch)',
+          'derive_seed("order", self.seed)',
+          "test_data.py::test_each_epoch_is_a_new_permutation"),
+    Fault("flips upside down", "data.py", "x.flip(-1)", "x.flip(-2)",
+          "test_data.py::test_flipped_images_are_exact_mirror_images_and_half_of_all"),
+    # metrics
+    Fault("Fréchet distance between the same set", "metrics.py", "metric.update(features.double(), real=False)",
+          "metric.update(reference.double(), real=False)",
+          "test_metrics.py::test_the_distance_is_that_of_torch_fidelity_on_the_same_features"),
+]
+
+
+def copy(folder):
+    "The package and its tests, in a folder of their own."
+    for name in COPIED:
+        source, target = ROOT / name, Path(folder) / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, target)
+    return Path(folder)
+
+
+def run(folder, tests):
+    "pytest's exit status, and the end of what it said. The folder comes before any installed package on the path."
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "--tb=line", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *(f"tests/{t}" for t in tests)], cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, (done.stdout + done.stderr)[-2000:]
+
+
+def plant(fault):
+    "What became of the fault: 'caught', or what is wrong with the test or the fault."
+    with tempfile.TemporaryDirectory() as folder:
+        path = copy(folder) / "hybridvae" / fault.module
+        text = path.read_text()
+        if text.count(fault.old) != 1:
+            return f"the old text occurs {text.count(fault.old)} times in {fault.module}"
+        path.write_text(text.replace(fault.old, fault.new))
+        status, output = run(folder, [fault.test])
+    if status == 1:
+        return "caught"
+    return "SURVIVED" if status == 0 else f"pytest ended with status {status}: {output}"
+
+
+def main():
+    begun = time.monotonic()
+    chosen = [f for f in FAULTS if not sys.argv[1:] or any(word in f.name for word in sys.argv[1:])]
+    with tempfile.TemporaryDirectory() as folder:
+        status, output = run(copy(folder), sorted({f.test for f in chosen}))
+    if status:
+        sys.exit(f"The tests are not green to begin with (pytest ended with status {status}):\n{output}")
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        results = list(pool.map(plant, chosen))
+    for fault, result in zip(chosen, results):
+        print(f"{result:10}  {fault.name:48}  {fault.test}")
+    caught = results.count("caught")
+    print(f"{caught} of {len(chosen)} planted faults were caught, in {time.monotonic() - begun:.0f} seconds.")
+    sys.exit(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    main()
