@@ -139,7 +139,8 @@ def run(folder, tests):
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "--tb=line", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, *(f"tests/{t}" for t in tests)], cwd=folder, env=environment, capture_output=True, text=True)
+    command += [f"tests/{test}" for test in tests]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return done.returncode, (done.stdout + done.stderr)[-2000:]
 
 

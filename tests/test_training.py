@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hybridvae
 import numpy as np
@@ -96,6 +98,14 @@ def shared_run(folder):
     return model, result
 
 
+def limited_run(folder):
+    "Two processes, and the clock of the second reaches the limit in minutes while it does the fourth step."
+    rank, steps, now = int(os.environ["RANK"]), [], time.monotonic
+    training.time = SimpleNamespace(monotonic=lambda: now() + (1e6 if rank and len(steps) > 3 else 0))
+    result = quietly(before_each_loss(small_vae(), steps.append), folder, settings(steps=12), minutes=60)
+    Path(f"{folder}-{rank}.json").write_text(json.dumps([result.finished, result.step]))
+
+
 def as_a_process(*arguments, launcher=()):
     "Run this file as a script."
     paths = [str(Path(hybridvae.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -106,7 +116,8 @@ def as_a_process(*arguments, launcher=()):
 
 if __name__ == "__main__":
     what, where = sys.argv[1:]
-    shared_run(where) if what == "share" else long_run(where, KILLED_IN if what == "kill" else None)
+    {"kill": lambda: long_run(where, KILLED_IN), "continue": lambda: long_run(where),
+     "share": lambda: (shared_run(where), limited_run(f"{where}-limited"))}[what]()
     sys.exit()
 
 
@@ -220,8 +231,14 @@ def test_what_a_kill_left_of_a_checkpoint_is_not_taken_for_one(tmp_path):
     (tmp_path / ".checkpoint-9-abc" / "checkpoint-9").mkdir(parents=True)
     assert latest_checkpoint(tmp_path) is None
     quietly(small_vae(), tmp_path, settings(steps=12), checkpoint_kimg=0.008)
-    assert latest_checkpoint(tmp_path).name == "checkpoint-12"  # not 9, which sorts last as text
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
+
+
+def test_of_two_checkpoints_the_one_with_more_steps_counts(tmp_path):
+    "A kill after the new one is there, and before the old one is removed; as text, 9 comes after 12."
+    for step in (9, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert latest_checkpoint(tmp_path).name == "checkpoint-12"
 
 
 def test_a_disk_that_is_full_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -374,6 +391,14 @@ def test_impossible_settings_are_refused(options, words):
         TrainConfig(**options)
 
 
+def test_half_precision_is_for_the_networks_and_not_for_the_weights(tmp_path):
+    model, seen = small_vae(), []
+    model.encoder.net[0].register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    result = quietly(model, tmp_path, settings(steps=2, precision="bf16"))
+    assert result.precision == "bf16" and set(seen) == {torch.bfloat16}
+    assert {v.dtype for v in load_file(tmp_path / "checkpoint-2" / "state.safetensors").values()} == {torch.float32}
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path, monkeypatch):
     norms = []
 
@@ -441,18 +466,32 @@ def test_the_history_is_the_mean_of_the_steps_between_its_points(tmp_path):
 
 # --- several processes ----------------------------------------------------------------------------------------------
 
-def test_two_processes_end_with_the_weights_of_one(tmp_path):
-    one, result = shared_run(tmp_path / "one")
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    "Where two processes have left `shared_run` and `limited_run`, and what they said."
+    folder = tmp_path_factory.mktemp("runs") / "two"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = as_a_process("share", tmp_path / "two", launcher=launcher)
-    assert run.returncode == 0, run.stderr
-    two = load_model(latest_checkpoint(tmp_path / "two") / "model.safetensors").state_dict()
+    return folder, as_a_process("share", folder, launcher=launcher).stderr
+
+
+def test_two_processes_end_with_the_weights_of_one(two_processes, tmp_path):
+    folder, said = two_processes
+    one, result = shared_run(tmp_path / "one")
+    assert latest_checkpoint(folder), said
+    two = load_model(latest_checkpoint(folder) / "model.safetensors").state_dict()
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5, msg=name)
     start = small_vae().state_dict()
     assert max((value - start[name]).abs().max() for name, value in one.state_dict().items()) > 1e-3  # it has learnt
-    heldout = progress(tmp_path / "two")["history"][-1]["heldout_loss"]
+    heldout = progress(folder)["history"][-1]["heldout_loss"]
     assert heldout == pytest.approx(result.history[-1]["heldout_loss"], rel=1e-4)
+
+
+def test_processes_whose_clocks_differ_stop_in_the_same_step(two_processes):
+    folder, said = two_processes
+    ends = sorted(folder.parent.glob("two-limited-*.json"))
+    assert [json.loads(end.read_text()) for end in ends] == [[False, 4], [False, 4]], said
+    assert latest_checkpoint(f"{folder}-limited").name == "checkpoint-4"
 
 
 def test_slices_that_the_processes_cannot_share_are_refused(tmp_path, monkeypatch):
