@@ -147,9 +147,9 @@ def _markdown(text: str):
 # %% ../nbs/91_cli.ipynb #cell-012
 def _report_source() -> Path:
     "The report's notebook. Raises `HybridVAEError` outside a clone of the repository."
-    from hybridvae.core import HybridVAEError
+    from hybridvae.core import HybridVAEError, project_root
 
-    source = Path(__file__).resolve().parents[1] / "nbs" / "07_report.ipynb"
+    source = project_root() / "nbs" / "07_report.ipynb"
     if not source.is_file():
         raise HybridVAEError(f"{source} is missing: the report needs a clone of the repository, not only the package.")
     return source

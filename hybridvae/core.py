@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MODELS', 'RECORD_KEYS', 'PRESETS', 'HybridVAEError', 'atomic_path', 'derive_seed', 'Draws', 'Model', 'build_model',
            'count_parameters', 'to_float', 'to_uint8', 'image_grid', 'show_images', 'save_grid', 'config_hash',
-           'weights_hash', 'device_name', 'provenance', 'record_path', 'write_record', 'load_records', 'save_model',
-           'load_model', 'budget']
+           'weights_hash', 'project_root', 'device_name', 'provenance', 'record_path', 'write_record', 'load_records',
+           'save_model', 'load_model', 'budget']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -222,11 +223,15 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 # %% ../nbs/00a_core.ipynb #cell-030
+def project_root() -> Path:
+    "The folder that holds the package: in a clone also the notebooks, the committed records and the shipped weights."
+    return Path(importlib.util.find_spec("hybridvae").origin).resolve().parents[1]
+
+
 def _git(*args: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), *args],
-                              capture_output=True, text=True, timeout=20)
-    except (OSError, NameError, subprocess.TimeoutExpired):
+        done = subprocess.run(["git", "-C", str(project_root()), *args], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Draws, HybridVAEError, Model, load_model
+from .core import Draws, HybridVAEError, Model, load_model, project_root
 from .data import FACTORS, ImageData
 from .vae import group_norm
 
@@ -127,7 +127,7 @@ FEATURE_WEIGHTS = {"shapes": "shapes-features.safetensors"}
 
 def weights_folder() -> Path:
     "Where shipped weights lie: `$HYBRIDVAE_WEIGHTS`, or `weights` beside the package."
-    return Path(os.environ.get("HYBRIDVAE_WEIGHTS") or Path(__file__).resolve().parents[1] / "weights")
+    return Path(os.environ.get("HYBRIDVAE_WEIGHTS") or project_root() / "weights")
 
 
 def load_features(name: str = "shapes", device: str | torch.device = "cpu") -> FeatureNetwork:

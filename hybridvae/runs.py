@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_parameters, derive_seed, load_model,
-                            load_records, provenance, record_path, save_grid, save_model, to_uint8, weights_hash,
+                            load_records, project_root, provenance, record_path, save_grid, save_model, to_uint8, weights_hash,
                             write_record)
 from .data import Batches, load_data
 from .metrics import FEATURE_WEIGHTS, count_flops, extract, frechet_distance, load_features
@@ -168,7 +168,7 @@ def _measure(entry, model, result, features, data, test, progress) -> dict:
 # %% ../nbs/00i_runs.ipynb #cell-018
 def results_folder() -> Path:
     "The committed records."
-    return Path(__file__).resolve().parents[1] / "nbs" / "results"
+    return project_root() / "nbs" / "results"
 
 
 def record_roots() -> list[Path]:

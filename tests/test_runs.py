@@ -184,6 +184,6 @@ def test_the_bibliography_is_read_whole():
 
 
 def test_report_outside_a_clone(monkeypatch, tmp_path):
-    monkeypatch.setattr("hybridvae.cli.__file__", str(tmp_path / "hybridvae" / "cli.py"))
+    monkeypatch.setattr("hybridvae.core.project_root", lambda: tmp_path)
     with pytest.raises(HybridVAEError, match="needs a clone"):
         render_report(tmp_path)
