@@ -118,6 +118,7 @@ def resolve_references(nb, bibliography: dict[str, dict[str, str]]):
         return f"[{short_reference(bibliography[key])}](#references)"
 
     cells = []
+    nb.cells[0].source = re.sub(r"^- [\w-]+: .*$", "", nb.cells[0].source, flags=re.M)  # the title's options
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             text = re.sub(r"\[((?:@[\w-]+;?\s*)+)\]", lambda m: "(" + ", ".join(map(cite, re.findall(r"@([\w-]+)", m[1]))) + ")", cell.source)

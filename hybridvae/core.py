@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 # %% ../nbs/00a_core.ipynb #cell-005
@@ -42,8 +43,8 @@ def atomic_path(target: str | Path):  # the file or folder that shall appear
         tmp = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         yield tmp / target.name
         os.replace(tmp / target.name, target)
-    except OSError as error:
-        raise HybridVAEError(f"{target} could not be written ({error.strerror or error}): free some disk space or "
+    except (OSError, SafetensorError) as error:
+        raise HybridVAEError(f"{target} could not be written ({getattr(error, 'strerror', None) or error}): free some disk space or "
                              "choose another folder, then run the same command again.") from error
     finally:
         if tmp is not None:
@@ -310,6 +311,7 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None)
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     with atomic_path(path) as tmp:
         save_file(state, tmp, metadata={"config": json.dumps(model.config)})
+        tmp.chmod(0o644)  # safetensors makes files that only their owner can read
     return Path(path)
 
 
@@ -318,7 +320,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
 
     Raises `HybridVAEError` where there is no such file, or it is damaged or not written by `save_model`.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = Path(path)
     if not path.is_file():
@@ -329,7 +331,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
             state = {name: file.get_tensor(name) for name in file.keys()}
         model = build_model(config)
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, HybridVAEError, AttributeError, KeyError, ValueError, RuntimeError) as error:
         raise HybridVAEError(f"{path} does not hold a hybridvae model ({str(error).splitlines()[0]}): "
                              "train or download it again.") from error
     return model.eval().to(device)

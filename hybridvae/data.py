@@ -8,8 +8,10 @@ __all__ = ['SHAPE_NAMES', 'FACTORS', 'SHAPES_SIZES', 'CIFAR10_CLASSES', 'DATASET
 
 # %% ../nbs/00b_data.ipynb #cell-002
 import dataclasses
+import errno
 import os
 import tempfile
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +171,10 @@ def prepare_cifar10(root: Path | None = None, download: bool = True) -> Path:
                 part = CIFAR10(tmp, train=split == "train", download=download)
                 arrays[f"{split}_images.npy"] = part.data
                 arrays[f"{split}_labels.npy"] = np.array(part.targets, np.uint8)
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError, HTTPException) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise HybridVAEError(f"the disk of {folder} is full: free some space, or set HYBRIDVAE_DATA to another "
+                                     "folder.") from error
             raise HybridVAEError(f"CIFAR-10 could not be downloaded to {folder} ({error}): check the network connection, or put "
                                  f"{', '.join(names)} there.") from error
     for name, array in arrays.items():

@@ -79,7 +79,12 @@ class DiffuseVAE(Model):
     @torch.no_grad()
     def refine(self, x_hat: torch.Tensor, z: torch.Tensor | None = None, *, sampler: str = "dpmpp", steps: int = 20,
                generator: torch.Generator | None = None, **options) -> torch.Tensor:
-        "Refinements in [-1, 1] of coarse images x̂ (B, C, H, W) with codes z (B, z_dim)."
+        """Refinements in [-1, 1] of coarse images x̂ (B, C, H, W) with codes z (B, z_dim).
+
+        Raises `ValueError` where the model has z_guidance and no z is given.
+        """
+        if self.z_guidance and z is None:
+            raise ValueError("z is None, but this model has z_guidance: give the codes of the coarse images")
         device = generator.device if generator is not None else "cpu"
         noise = torch.randn(x_hat.shape, generator=generator, device=device).to(x_hat.device)
         return self.diffusion.sample(self.denoiser(x_hat, z), noise, sampler, steps, self.shift(x_hat), generator,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -137,7 +138,10 @@ def _training_state(model, average, optimizer) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _load_training_state(path: Path, model, average, optimizer) -> None:
-    state, buffers = load_file(path), dict(model.named_buffers())
+    try:
+        state, buffers = load_file(path), dict(model.named_buffers())
+    except (OSError, SafetensorError) as error:
+        raise HybridVAEError(f"{path.parent} is damaged ({error}): remove it and run again.") from error
     for key, value in state.items():
         kind, _, name = key.partition("/")
         if kind == "buffer":
@@ -157,6 +161,8 @@ def save_checkpoint(run_dir: Path, model, average, optimizer, progress: dict) ->
     target = Path(run_dir) / f"checkpoint-{progress['step']}"
     if target.exists():
         return target
+    for left_over in Path(run_dir).glob(".checkpoint-*"):  # of a process that was killed while it wrote
+        shutil.rmtree(left_over)
     with atomic_path(target) as tmp:
         tmp.mkdir()
         with average.applied():
@@ -172,7 +178,7 @@ def save_checkpoint(run_dir: Path, model, average, optimizer, progress: dict) ->
 @torch.no_grad()
 def heldout_losses(model: Model, data: ImageData, n: int = 512, batch_size: int = 128, seed: int = 0,
                    precision: str = "auto") -> dict[str, float]:
-    "Mean of every loss term over the first n held-out images, always with the same noise."
+    "Mean of every loss term over the first n held-out images (whole batches of them), always with the same noise."
     was_training, totals, n = model.training, {}, min(n, len(data))
     model.eval()
     batches = Batches(data.first(n), batch_size, seed, device=model.device)
@@ -267,6 +273,8 @@ def train(
             run.step += 1
             bar.update()
             expired = minutes is not None and time.monotonic() - started > 60 * minutes
+            if minutes is not None and world > 1:  # clocks differ: all processes stop in the same step
+                expired = bool(accelerator.reduce(torch.tensor(float(expired), device=device), "sum"))
             if run.step in marks or run.step % every == 0 or expired:
                 run.check()
             if run.step in marks:
@@ -302,9 +310,9 @@ class _Run:
         if self.checkpoint:
             try:
                 progress = json.loads((self.checkpoint / "progress.json").read_text())
-                self.step, self.seconds, self.history = (progress[k] for k in ("step", "seconds", "history"))
-                identity = progress["identity"]
-            except (OSError, ValueError, KeyError) as error:
+                self.step, self.seconds, self.history, self.since_point, identity = (
+                    progress[k] for k in ("step", "seconds", "history", "since_point", "identity"))
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise HybridVAEError(f"{self.checkpoint} is damaged ({error}): remove it and run again.") from error
             if identity != self.identity:
                 raise HybridVAEError(f"{folder} holds a run with another config or seed: choose another folder or remove it.")
@@ -357,4 +365,5 @@ class _Run:
     def save(self, model, average, optimizer, started: float) -> None:
         self.seconds = self._before + time.monotonic() - started
         save_checkpoint(self.folder, model, average, optimizer,
-                        {"step": self.step, "seconds": self.seconds, "history": self.history, "identity": self.identity})
+                        {"step": self.step, "seconds": self.seconds, "history": self.history,
+                         "since_point": self.since_point, "identity": self.identity})
