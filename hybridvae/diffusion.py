@@ -63,14 +63,18 @@ class GaussianDiffusion:
         self.config = dict(schedule=schedule, timesteps=timesteps, prediction=prediction, weighting=weighting, gamma=gamma)
         self._tables: dict = {}
 
+    def _on(self, device: torch.device, dtype: torch.dtype, name: str, make: Callable[[], np.ndarray]) -> torch.Tensor:
+        "A float64 table as a tensor, moved to the device once."
+        key = (name, device, dtype)
+        if key not in self._tables:
+            self._tables[key] = torch.as_tensor(make(), dtype=dtype, device=device)
+        return self._tables[key]
+
     def _scales(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "√ᾱ_t and √(1-ᾱ_t), each (B, 1, ..., 1)."
-        key = (like.device, like.dtype)
-        if key not in self._tables:  # moved to the device once
-            tables = np.stack([np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)])
-            self._tables[key] = torch.as_tensor(tables, dtype=like.dtype, device=like.device)
+        make = lambda: np.stack([np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)])
         shape = (-1,) + (1,) * (like.ndim - 1)
-        a, s = self._tables[key][:, t]
+        a, s = self._on(like.device, like.dtype, "scales", make)[:, t]
         return a.reshape(shape), s.reshape(shape)
 
     def q_sample(self, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,11 +97,13 @@ class GaussianDiffusion:
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
         "Weight of the squared error in the network's own output, float32 (B,)."
+        return self._on(t.device, torch.float32, "weights", self._loss_weights)[t]
+
+    def _loss_weights(self) -> np.ndarray:
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         of_x0 = {"simple": snr, "min_snr": np.minimum(snr, self.gamma), "uniform": np.ones_like(snr), "v": snr + 1}
         # an error e in x₀ is an error √SNR e in ε, and √(SNR + 1) e in v
-        of_output = of_x0[self.weighting] / {"eps": snr, "v": snr + 1, "x0": np.ones_like(snr)}[self.prediction]
-        return torch.as_tensor(of_output, dtype=torch.float32, device=t.device)[t]
+        return of_x0[self.weighting] / {"eps": snr, "v": snr + 1, "x0": np.ones_like(snr)}[self.prediction]
 
     def loss(self, network: Callable, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
              shift: torch.Tensor | None = None) -> torch.Tensor:

@@ -99,12 +99,12 @@ class FeatureNetwork(Model):
 
     @torch.no_grad()
     def read(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        "What it sees in uint8 images: `class` (N,), and for Shapes `hue` (N,) in [0, 1)."
-        h = torch.cat([self(part) for part in images.split(500)])
-        seen = {"class": self.class_head(h).argmax(dim=1)}
+        "What it sees in uint8 images (N, 3, H, W): `class` (N,), and for Shapes `hue` (N,) in [0, 1); on the CPU."
+        h = torch.cat([self(part.to(self.device)) for part in images.split(500)])
+        seen = {"class": self.class_head(h).argmax(dim=1).cpu()}
         if self.factors:
             cosine, sine = self.factor_head(h)[:, :2].unbind(1)
-            seen["hue"] = torch.atan2(sine, cosine) / (2 * math.pi) % 1
+            seen["hue"] = (torch.atan2(sine, cosine) / (2 * math.pi) % 1).cpu()
         return seen
 
     def measures(self, train: ImageData, test: ImageData, features=None) -> dict:

@@ -165,7 +165,7 @@ def _measure(entry, model, result, features, data, test, progress) -> dict:
         **model.measures(data, test, features),
     }
 
-# %% ../nbs/00i_runs.ipynb #cell-018
+# %% ../nbs/00i_runs.ipynb #cell-020
 def results_folder() -> Path:
     "The committed records."
     return project_root() / "nbs" / "results"
