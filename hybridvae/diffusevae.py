@@ -123,7 +123,7 @@ class DiffuseVAE(Model):
         gap = {name: frechet_distance(extract(features, to_uint8(images)), reference) for name, images in sets.items()}
         return {"condition_agreement": condition_agreement(x_hat, refined, features), "prior_gap": {"n": n, **gap}}
 
-# %% ../nbs/01_diffusevae.ipynb #cell-024
+# %% ../nbs/01_diffusevae.ipynb #cell-025
 @torch.no_grad()
 def convert_form(model: DiffuseVAE) -> DiffuseVAE:
     """The same function in the other form: form 1 → 2 with W₂' = W₂ - W₁ in the first convolution, and back.
@@ -140,7 +140,7 @@ def convert_form(model: DiffuseVAE) -> DiffuseVAE:
     weight[:, half:] += weight[:, :half] * (-1 if model.form == 1 else 1)
     return other.train(model.training)
 
-# %% ../nbs/01_diffusevae.ipynb #cell-029
+# %% ../nbs/01_diffusevae.ipynb #cell-030
 def condition_agreement(x_hat: torch.Tensor, refined: torch.Tensor, features: FeatureNetwork) -> dict:
     """How often shape and hue (within 30 degrees) read from refinements (N, 3, H, W) are those read from their x̂.
 
@@ -155,7 +155,7 @@ def condition_agreement(x_hat: torch.Tensor, refined: torch.Tensor, features: Fe
         return {"shape": shape.float().mean().item(), "hue": hue.float().mean().item(), "both": (shape & hue).float().mean().item()}
     return {"n": len(x_hat), **agree(coarse), "shuffled": agree(shuffled)}
 
-# %% ../nbs/01_diffusevae.ipynb #cell-033
+# %% ../nbs/01_diffusevae.ipynb #cell-034
 def experiments(dataset: str = "shapes") -> list[Entry]:
     """Stage 1's entries for all presets of a data set, seeds 0, 1, 2.
 
