@@ -17,7 +17,8 @@ import typer
 
 # %% ../nbs/91_cli.ipynb #cell-005
 app = typer.Typer(help="Hybrid VAE-diffusion models: data, runs and the report.", no_args_is_help=True,
-                  pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+                  pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False,
+                  context_settings={"help_option_names": ["-h", "--help"]})
 
 # %% ../nbs/91_cli.ipynb #cell-006
 @app.command(epilog="Example: hybridvae data cifar10")
