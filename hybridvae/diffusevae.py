@@ -22,7 +22,8 @@ class DiffuseVAE(Model):
     """A frozen VAE and a diffusion model conditioned on its output (Pandey et al. 2022).
 
     Form 1 gives x̂ to the network beside x_t. Form 2 also shifts the process by x̂: x_T ~ N(x̂, I). With `z_guidance` the
-    latent code is added to the time embedding. Raises `ValueError` for a form other than 1 or 2.
+    latent code is added to the time embedding. With `cond_dropout` some images are trained on without any condition, so
+    that sampling can be guided (Ho & Salimans 2022). Raises `ValueError` for a form other than 1 or 2.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class DiffuseVAE(Model):
         form: int = 1,  # 1 or 2
         z_guidance: bool = False,  # give z to the network
         concat: bool = True,  # give x̂ to the network
+        cond_dropout: float = 0.0,  # share of training images whose x̂ and z are zeroed
     ):
         super().__init__()
         if form not in (1, 2):
@@ -41,10 +43,11 @@ class DiffuseVAE(Model):
         channels = self.vae.image_shape[0]
         conditions = {"cond_channels": channels if concat else 0, "z_dim": self.vae.z_dim if z_guidance else 0}
         self.unet, self.diffusion = UNet(**{**unet, **conditions}), GaussianDiffusion(**(diffusion or {}))
-        self.form, self.z_guidance, self.concat = form, z_guidance, concat
+        self.form, self.z_guidance, self.concat, self.cond_dropout = form, z_guidance, concat, cond_dropout
         self.image_shape = self.vae.image_shape
         self.config = {"model": "DiffuseVAE", "vae": self.vae.config, "unet": self.unet.config,
-                       "diffusion": self.diffusion.config, "form": form, "z_guidance": z_guidance, "concat": concat}
+                       "diffusion": self.diffusion.config, "form": form, "z_guidance": z_guidance, "concat": concat,
+                       "cond_dropout": cond_dropout}
 
     def train(self, mode: bool = True) -> "DiffuseVAE":
         "Training mode for the refiner; the VAE stays in evaluation mode."
@@ -60,6 +63,23 @@ class DiffuseVAE(Model):
         "What the process is shifted by: x̂ in form 2."
         return x_hat if self.form == 2 else None
 
+    def guided(self, x_hat: torch.Tensor, z: torch.Tensor, weight: float):
+        """The denoiser moved from the unconditional prediction towards the conditional one, and beyond for weight > 1.
+
+        Two evaluations a step (Ho & Salimans 2022, equation 6, with weight = 1 + w). Raises `ValueError` for a model
+        trained without `cond_dropout`.
+        """
+        if weight == 1:
+            return self.denoiser(x_hat, z)
+        if not self.cond_dropout:
+            raise ValueError(f"guidance_weight is {weight:g}, but this model was trained without cond_dropout: use 1")
+        free, led = self.denoiser(torch.zeros_like(x_hat), torch.zeros_like(z)), self.denoiser(x_hat, z)
+
+        def network(x_t, t):
+            alone = free(x_t - x_hat if self.form == 2 else x_t, t)  # without x̂ there is no shift either
+            return alone + weight * (led(x_t, t) - alone)
+        return network
+
     @torch.no_grad()
     def condition(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         "x̂ (B, C, H, W) decoded from a *drawn* z (B, z_dim): what the refiner will meet when sampling is as random."
@@ -71,6 +91,9 @@ class DiffuseVAE(Model):
         "The simple diffusion loss given x̂ (and z): weighted mean squared error per dimension."
         draws = draws or Draws(torch.seed(), 0, device=x.device)
         x_hat, z = self.condition(x, draws)
+        if self.cond_dropout:
+            kept = (draws.rand(len(x)) >= self.cond_dropout).to(x.dtype)
+            x_hat, z = kept[:, None, None, None] * x_hat, kept[:, None] * z
         t = draws.randint(self.diffusion.timesteps, len(x))
         eps = draws.randn(*x.shape)
         loss = self.diffusion.loss(self.denoiser(x_hat, z), x, t, eps, self.shift(x_hat)).mean()
@@ -78,17 +101,20 @@ class DiffuseVAE(Model):
 
     @torch.no_grad()
     def refine(self, x_hat: torch.Tensor, z: torch.Tensor | None = None, *, sampler: str = "dpmpp", steps: int = 20,
-               generator: torch.Generator | None = None, **options) -> torch.Tensor:
-        """Refinements in [-1, 1] of coarse images x̂ (B, C, H, W) with codes z (B, z_dim).
+               generator: torch.Generator | None = None, noise: torch.Tensor | None = None, guidance_weight: float = 1.0,
+               **options) -> torch.Tensor:
+        """Refinements in [-1, 1] of coarse images x̂ (B, C, H, W) with codes z (B, z_dim); options as in `GaussianDiffusion.sample`.
 
         Raises `ValueError` where the model has z_guidance and no z is given.
         """
         if self.z_guidance and z is None:
             raise ValueError("z is None, but this model has z_guidance: give the codes of the coarse images")
-        device = generator.device if generator is not None else "cpu"
-        noise = torch.randn(x_hat.shape, generator=generator, device=device).to(x_hat.device)
-        return self.diffusion.sample(self.denoiser(x_hat, z), noise, sampler, steps, self.shift(x_hat), generator,
-                                     **options).clamp(-1, 1)
+        z = x_hat.new_zeros(len(x_hat), self.vae.z_dim) if z is None else z
+        if noise is None:
+            device = generator.device if generator is not None else "cpu"
+            noise = torch.randn(x_hat.shape, generator=generator, device=device).to(x_hat.device)
+        return self.diffusion.sample(self.guided(x_hat, z, guidance_weight), noise, sampler, steps, self.shift(x_hat),
+                                     generator, **options).clamp(-1, 1)
 
     @torch.no_grad()
     def sample_pairs(self, n: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
