@@ -12,7 +12,8 @@ import torch
 
 from .core import PRESETS, Draws, HybridVAEError, Model, to_float, to_uint8
 from .diffusion import GaussianDiffusion
-from .metrics import FeatureNetwork, extract, frechet_distance, hue_difference
+from .features import FeatureNetwork, hue_difference
+from .metrics import extract, frechet_distance
 from .runs import Entry
 from .unet import UNet
 from .vae import VAE, reparameterize

@@ -18,7 +18,8 @@ from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count
                             load_records, project_root, provenance, record_path, save_grid, save_model, to_uint8, weights_hash,
                             write_record)
 from .data import Batches, load_data
-from .metrics import FEATURE_WEIGHTS, count_flops, extract, frechet_distance, load_features
+from .features import FEATURE_WEIGHTS, FeatureNetwork, load_features
+from .metrics import count_flops, distance_floors, distance_scale, extract, frechet_distance
 from .training import TrainConfig, train
 
 # %% ../nbs/00i_runs.ipynb #cell-006
@@ -154,6 +155,9 @@ def _measure(entry, model, result, features, data, test, progress) -> dict:
     draws = Draws(entry.seed, 0, device=model.device)
     example = Batches(data, 1, entry.seed, device=model.device)(0, draws)
     images = result.step * TrainConfig(**entry.train).batch_size
+    landmarks = {}
+    if isinstance(model, FeatureNetwork):
+        landmarks = {"floors": distance_floors(model, data, test), "scale": distance_scale(model, data, test)}
     evaluations = [evaluate(model, features, references, seed=entry.seed, progress=progress, **e) for e in entry.evaluations]
     return {
         "experiment": entry.experiment, "dataset": entry.dataset, "subset": entry.subset, "seed": entry.seed,
@@ -162,7 +166,7 @@ def _measure(entry, model, result, features, data, test, progress) -> dict:
         "train_images_per_second": images / max(result.seconds, 1e-9), "peak_memory_bytes": result.peak_memory_bytes,
         "parameters": count_parameters(model, trainable=True), "flops_per_image": count_flops(lambda: model.training_loss(*example, draws=draws)),
         "weights_hash": weights_hash(model), "evaluations": evaluations, "history": result.history,
-        **model.measures(data, test, features),
+        **model.measures(data, test, features), **landmarks,
     }
 
 # %% ../nbs/00i_runs.ipynb #cell-020
