@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'RECORD_KEYS', 'PRESETS', 'HybridVAEError', 'atomic_path', 'derive_seed', 'Draws', 'Model', 'build_model',
            'count_parameters', 'to_float', 'to_uint8', 'image_grid', 'show_images', 'save_grid', 'config_hash',
-           'weights_hash', 'project_root', 'device_name', 'provenance', 'record_path', 'write_record', 'load_records',
-           'save_model', 'load_model', 'budget']
+           'weights_hash', 'project_root', 'device_name', 'provenance', 'record_path', 'write_record', 'write_json',
+           'load_record', 'load_records', 'save_model', 'load_model', 'budget']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 import contextlib
@@ -123,9 +123,17 @@ class Model(nn.Module):
         "What a run record says of this kind of model beside its distances, from training and held-out `ImageData`."
         return {}
 
-    def showcase(self, generator: torch.Generator, sampler: str, steps: int) -> torch.Tensor:
-        "64 uncurated images for the grid beside a run record, rows of 8."
-        return self.sample(64, sampler=sampler, steps=steps, generator=generator)
+    def sampling_options(self, options: dict, data, seed: int = 0) -> dict:
+        "Options of an evaluation, JSON-able, as arguments of `sample`."
+        return options
+
+    def showcase(self, n: int, generator: torch.Generator, **options) -> dict[str, torch.Tensor]:
+        "Pictures beside a run record: name -> n uncurated images; options as in `sample`."
+        return {"": self.sample(n, generator=generator, **options)}
+
+    def networks(self) -> list[nn.Module]:
+        "The parts that are worth compiling."
+        return list(self.children())
 
     @property
     def device(self) -> torch.device:
@@ -202,11 +210,11 @@ def show_images(
 
 # %% ../nbs/00a_core.ipynb #cell-024
 def save_grid(images: torch.Tensor, path: str | Path, columns: int = 8) -> Path:
-    "Write a grid as PNG, atomically."
+    "Write a grid atomically, as PNG or JPEG by the path's suffix."
     from PIL import Image
 
     with atomic_path(path) as tmp:
-        Image.fromarray(image_grid(images, columns)).save(tmp)
+        Image.fromarray(image_grid(images, columns)).save(tmp, quality=90)
     return Path(path)
 
 # %% ../nbs/00a_core.ipynb #cell-026
@@ -279,13 +287,27 @@ def write_record(root: str | Path, record: dict) -> Path:
     missing = [key for key in RECORD_KEYS if key not in record]
     if missing:
         raise ValueError(f"the record of {record.get('experiment')} lacks {', '.join(missing)}")
-    path = record_path(root, record)
-    text = json.dumps(record, indent=1, allow_nan=False)
+    return write_json(record_path(root, record), record)
+
+
+def write_json(path: Path, content: dict) -> Path:
+    "Write JSON atomically. Raises `ValueError` where a number is not finite."
+    text = json.dumps(content, indent=1, allow_nan=False)
     with atomic_path(path) as tmp:
         tmp.write_text(text + "\n")
     return path
 
 # %% ../nbs/00a_core.ipynb #cell-033
+def load_record(path: Path) -> dict:
+    "One record. Raises `HybridVAEError` for a file that is none."
+    try:
+        record = json.loads(path.read_text())
+        record["experiment"], record["dataset"], record["subset"], record["seed"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise HybridVAEError(f"{path} is not a run record ({error}): remove it and run its entry again.") from error
+    return record
+
+
 def load_records(*roots: str | Path) -> list[dict]:
     """All records below the folders, each key once: a later folder's record replaces an earlier one's.
 
@@ -293,12 +315,8 @@ def load_records(*roots: str | Path) -> list[dict]:
     """
     records = {}
     for root in roots:
-        for path in sorted(Path(root).glob("*/*/seed*.json")):
-            try:
-                record = json.loads(path.read_text())
-                records[record["experiment"], record["dataset"], record["subset"], record["seed"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise HybridVAEError(f"{path} is not a run record ({error}): remove it and run its entry again.") from error
+        for record in map(load_record, sorted(Path(root).glob("*/*/seed*.json"))):
+            records[record["experiment"], record["dataset"], record["subset"], record["seed"]] = record
     return list(records.values())
 
 # %% ../nbs/00a_core.ipynb #cell-036
@@ -337,25 +355,71 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     return model.eval().to(device)
 
 # %% ../nbs/00a_core.ipynb #cell-040
+_COSINE = {"schedule": "cosine", "prediction": "v", "weighting": "min_snr"}
+_ABLATION = {"width": 64, "multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [16]}  # about 9M parameters
+_FULL = _ABLATION | {"width": 128, "dropout": 0.1}  # about 36M
+
 PRESETS = {
     "shapes": {
+        "features": {"model": "FeatureNetwork", "name": "shapes", "classes": 3, "factors": True},
         "vae": {"image_size": 32, "z_dim": 12, "width": 24, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.5},
         "unet": {"image_size": 32, "width": 32, "multipliers": [1, 2, 2], "attention": [4], "patch": 2},
-        "diffusion": {"schedule": "cosine", "prediction": "v", "weighting": "min_snr"},
+        "diffusion": _COSINE,
         "train_features": {"kimg": 120, "batch_size": 64, "lr": 2e-3},
         "train_vae": {"kimg": 80, "batch_size": 64, "lr": 2e-3},
         "train": {"kimg": 40, "batch_size": 32, "lr": 2e-3},
-        "n": 2_000,  # images in an evaluation
+        "n": 2_000, "n_curve": 500, "n_ancestral": 500, "n_study": 500,  # images in an evaluation, see `runs`
+        "batch": 250,  # images sampled at a time
+        "parameters": 0.84e6,  # of the U-Net, about
     },
     "cifar10-cpu": {
         "subset": 4_000,
+        "features": {"model": "FeatureNetwork", "name": "cifar-cpu", "classes": 10, "factors": False},
         "vae": {"image_size": 32, "z_dim": 64, "width": 24, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.3},
         "unet": {"image_size": 32, "width": 32, "multipliers": [1, 2, 2], "attention": [4], "patch": 2},
-        "diffusion": {"schedule": "cosine", "prediction": "v", "weighting": "min_snr"},
+        "diffusion": _COSINE,
         "train_features": {"kimg": 60, "batch_size": 64, "lr": 2e-3, "flip": True},
         "train_vae": {"kimg": 60, "batch_size": 64, "lr": 2e-3, "flip": True},
         "train": {"kimg": 40, "batch_size": 32, "lr": 2e-3, "flip": True},
-        "n": 2_000,
+        "n": 2_000, "n_study": 500, "batch": 250, "parameters": 0.84e6,
+    },
+    "cifar10": {
+        "features": {"model": "Classifier", "name": "cifar"},
+        "vae": {"image_size": 32, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4], "patch": 2, "sigma": 1.0},
+        "unet": {"image_size": 32, **_ABLATION},
+        "unet_full": {"image_size": 32, **_FULL},
+        "diffusion": _COSINE,
+        "train_features": {"kimg": 6_000, "batch_size": 512, "lr": 2e-3, "weight_decay": 0.1, "flip": True, "ema_kimg": 1},
+        "train_vae": {"kimg": 2_000, "batch_size": 256, "lr": 1e-3, "flip": True},
+        "train": {"kimg": 2_000, "batch_size": 256, "lr": 8e-4, "flip": True},
+        "train_full": {"kimg": 4_000, "batch_size": 256, "lr": 4e-4, "flip": True},
+        "n": 50_000, "n_curve": 10_000, "n_ancestral": 10_000, "n_study": 2_000, "batch": 1_000,
+        "parameters": 9e6, "parameters_full": 36e6,
+    },
+    "celeba64": {
+        "features": {"model": "FaceEncoder", "name": "faces", "image_size": 64},
+        "vae": {"image_size": 64, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4, 4], "patch": 2, "sigma": 1.0},
+        "unet": {"image_size": 64, **_ABLATION},
+        "unet_full": {"image_size": 64, **_FULL},
+        "diffusion": _COSINE,
+        "train_features": {"kimg": 2_000, "batch_size": 512, "lr": 1e-3, "weight_decay": 0.05, "ema_kimg": 1},
+        "train_vae": {"kimg": 500, "batch_size": 128, "lr": 1e-3, "flip": True},
+        "train": {"kimg": 500, "batch_size": 128, "lr": 6e-4, "flip": True},
+        "train_full": {"kimg": 500, "batch_size": 128, "lr": 3e-4, "flip": True},
+        "n": 10_000, "n_curve": 5_000, "n_ancestral": 2_000, "n_study": 1_000, "batch": 500,
+        "parameters": 9e6, "parameters_full": 36e6,
+    },
+    "celeba256": {
+        "seeds": [0],
+        "features": {"model": "FaceEncoder", "name": "faces-256", "image_size": 256},
+        "vae": {"image_size": 256, "z_dim": 256, "width": 32, "multipliers": [1, 2, 4, 4, 8], "patch": 4, "sigma": 2.0},
+        "unet": {"image_size": 256, **_ABLATION, "patch": 2},
+        "diffusion": _COSINE,
+        "train_features": {"kimg": 500, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.05, "ema_kimg": 1},
+        "train_vae": {"kimg": 100, "batch_size": 32, "lr": 5e-4, "flip": True},
+        "train": {"kimg": 100, "batch_size": 32, "lr": 3e-4, "flip": True},
+        "n": 2_000, "n_curve": 500, "n_ancestral": 500, "n_study": 250, "batch": 125,
+        "parameters": 9e6,
     },
 }
 

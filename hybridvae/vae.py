@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .core import Draws, Model, to_float
-from .priors import StandardNormal
+from .priors import StandardNormal, fit_mixture
 
 # %% ../nbs/00d_vae.ipynb #cell-006
 def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
@@ -151,6 +151,30 @@ class VAE(Model):
                 "kl_per_code_dimension": kl.tolist(), "active_units": int((mu.var(dim=0) > 0.01).sum())}
 
     @torch.no_grad()
-    def sample(self, n: int, *, sampler: str = "", steps: int = 0, generator: torch.Generator | None = None) -> torch.Tensor:
-        "n images (n, C, H, W) in [-1, 1], the decoder's means; one shot: sampler and steps are ignored."
-        return self.decode(self.prior.sample(n, generator).to(self.device)).clamp(-1, 1)
+    def sample(self, n: int, *, sampler: str = "", steps: int = 0, generator: torch.Generator | None = None,
+               prior=None) -> torch.Tensor:
+        """n images (n, C, H, W) in [-1, 1], the decoder's means; one shot: sampler and steps are ignored.
+
+        `prior` is what z is drawn from, the VAE's own unless given.
+        """
+        return self.decode((prior or self.prior).sample(n, generator).to(self.device)).clamp(-1, 1)
+
+    def networks(self) -> list[nn.Module]:
+        "Encoder and decoder."
+        return [self.encoder, self.decoder]
+
+    @torch.no_grad()
+    def codes(self, data, n: int = 20_000, seed: int = 0) -> torch.Tensor:
+        "Codes (n, z_dim) drawn from q(z|x) of the first n images of an `ImageData`: what a prior is fitted to."
+        draws, found = Draws(seed, 0, device=self.device), []
+        for images in data.first(min(n, len(data))).batches(500):
+            mu, logvar = self.encode(to_float(images.permute(0, 2, 3, 1).to(self.device)))
+            found.append(reparameterize(mu, logvar, draws.randn(*mu.shape)).cpu())
+        return torch.cat(found)
+
+    def sampling_options(self, options: dict, data, seed: int = 0) -> dict:
+        "`prior: \"ex-pde\"` becomes a mixture fitted to the codes of the training images (Pandey et al. 2022, section 4)."
+        if options.get("prior") != "ex-pde":
+            return options
+        codes = self.codes(data)
+        return options | {"prior": fit_mixture(codes, min(50, len(codes) // 10), seed)}

@@ -2,10 +2,15 @@
 import colorsys
 import hashlib
 import io
+import itertools
 import pickle
+import resource
+import sys
 import tarfile
+import tracemalloc
 import urllib.error
 import urllib.request
+import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ from conftest import complains, disk_full, files_below
 from hybridvae import core, data
 from hybridvae.core import Draws, to_float
 from hybridvae.data import (CIFAR10_CLASSES, FACTORS, SHAPE_NAMES, SHAPES_SIZES, Batches, ImageData, draw_shapes,
-                            load_cifar10, load_data, prepare_cifar10, shapes_factors)
+                            load_celeba, load_cifar10, load_data, prepare_cifar10, shapes_factors)
 from torchvision.datasets import CIFAR10
 
 ARRAYS = ["test_images.npy", "test_labels.npy", "train_images.npy", "train_labels.npy"]
@@ -125,6 +130,120 @@ def test_a_subset_is_the_first_images_with_their_labels(small_shapes):
     np.testing.assert_array_equal(part.labels, small_shapes[0].labels[:7])
     assert (len(part), part.image_size) == (7, 32) and part.tensor().shape == (7, 3, 32, 32)
     np.testing.assert_array_equal(part.tensor()[3, 1], part.images[3, :, :, 1])
+
+
+def test_descriptions_say_how_many_of_which_images(small_shapes, arrays):
+    train, test = small_shapes
+    assert (train.description, test.description) == ("Shapes, 600 images", "Shapes, 300 held-out images")
+    assert train.first(7).description == "Shapes, 600 images; the first 7"
+    assert train.first(70).first(7).description == "Shapes, 600 images; the first 7"
+    assert train.first(600).description == "Shapes, 600 images"
+    assert load_cifar10("test", arrays.parent).description == "CIFAR-10, 4 held-out of 10,000 images"
+    assert numbered(5).description == "numbered, 5 images"
+
+
+# --- reading and choosing -------------------------------------------------------------------------------------------
+
+@pytest.fixture(params=["memory", "read-only", "mapped", "slice of mapped", "every other"])
+def stored(request, tmp_path):
+    "The same 10 images and labels, the images stored in different ways."
+    few = numbered(10)
+    np.save(tmp_path / "x.npy", np.concatenate([few.images, few.images[::-1]]))
+    whole = np.load(tmp_path / "x.npy", mmap_mode=None if request.param in ("memory", "read-only", "every other") else "r")
+    if request.param == "every other":
+        few.images = whole.repeat(2, axis=0)[:20:2]
+        return few
+    few.images = whole[:10] if request.param != "mapped" else np.load(tmp_path / "x.npy", mmap_mode="r")[:10]
+    few.images.flags.writeable = request.param == "memory"
+    return few
+
+
+def test_however_images_are_stored_they_are_read_alike(stored):
+    truth = numbered(10).images
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of memory that cannot be written
+        whole, pieces, floats = stored.tensor(), list(stored.batches(4)), stored.float()
+    np.testing.assert_array_equal(whole.permute(0, 2, 3, 1), truth)
+    assert [tuple(p.shape) for p in pieces] == [(4, 3, 4, 4), (4, 3, 4, 4), (2, 3, 4, 4)]
+    assert torch.equal(torch.cat(pieces), whole) and whole.dtype == pieces[0].dtype == torch.uint8
+    np.testing.assert_allclose(floats.permute(0, 2, 3, 1), truth / 127.5 - 1, atol=1e-6)
+    assert floats.dtype == torch.float32 and torch.equal(stored.float(3), floats[:3])
+    floats.zero_()
+    np.testing.assert_array_equal(stored.images, truth)  # floats are a copy
+    with complains("11", "from 1 to 10"):
+        stored.float(11)
+
+
+def test_classes_choose_their_images():
+    classes = np.array([3, 0, 3, 9, 5], np.uint8)
+    part = ImageData("cifar10", "train", numbered(5).images, classes, CIFAR10_CLASSES)
+    assert part.mask("cat").tolist() == [True, False, True, False, False]
+    assert part.mask("frog").tolist() == [False] * 5 and part.first(2).mask("cat").tolist() == [True, False]
+    with complains("cifar10 has no class 'Cat'", *CIFAR10_CLASSES):
+        part.mask("Cat")
+    with complains("the class 'cat' takes no value", "3"):
+        part.mask("cat", 3)
+
+
+def test_cifar10_has_the_names_of_its_classes(arrays):
+    part = load_cifar10("train", arrays.parent)  # labels 0 to 5
+    assert part.label_names == CIFAR10_CLASSES and [part.mask(c).argmax() for c in CIFAR10_CLASSES[:6]] == list(range(6))
+
+
+def test_factors_choose_their_images(small_shapes):
+    part = small_shapes[0]
+    table = dict(zip(FACTORS, part.labels.T))
+    assert part.label_names == tuple(FACTORS)
+    for i, name in enumerate(SHAPE_NAMES):
+        np.testing.assert_array_equal(part.mask("shape", name), table["shape"] == i)
+        np.testing.assert_array_equal(part.mask("shape", i), table["shape"] == i)
+    for name, (low, high) in list(FACTORS.items())[1:]:
+        parts = [part.mask(name, edges) for edges in itertools.pairwise(np.linspace(low, high + 1e-6, 4))]
+        assert (sum(p.astype(int) for p in parts) == 1).all() and all(p.any() for p in parts)  # thirds share no image
+        assert table[name][parts[0]].max() < table[name][parts[1]].min()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("colour",), ("no factor 'colour'", *FACTORS)), (("shape",), ("never None", *SHAPE_NAMES)),
+    (("shape", "ring"), ("never 'ring'", *SHAPE_NAMES, "0 to 2")), (("shape", 3), ("never 3", "cross")),
+    (("shape", (0, 1)), ("never (0, 1)", "cross")), (("hue",), ("'hue'", "None", "range (low, high)", "0.0 to 0.75")),
+    (("hue", 0.3), ("0.3", "range (low, high)")), (("hue", (0.5, 0.2)), ("(0.5, 0.2)", "range")),
+    (("hue", ("a", "b")), ("range",)), (("size", (0.3, 0.3)), ("0.3 to 0.42",)), (("x", (1, 2, 3)), ("-0.08 to 0.08",))])
+def test_labels_and_values_that_do_not_exist_are_refused(small_shapes, arguments, words):
+    with complains(*words):
+        small_shapes[0].mask(*arguments)
+
+
+def test_images_without_labels_cannot_be_chosen():
+    with complains("numbered has no labels", "shapes, cifar10, or CelebA"):
+        numbered(3).mask("cat")
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    "CelebA-256 of 18 GB in files that take no disk: the root."
+    folder, n = tmp_path / "celeba256", 100_000
+    folder.mkdir()
+    np.lib.format.open_memmap(folder / "train_images.npy", "w+", np.uint8, (n, 256, 256, 3))
+    np.save(folder / "train_ids.npy", np.arange(100_000, 100_000 + n, dtype=np.int32))
+    assert (folder / "train_images.npy").stat().st_blocks * 512 < 10**7, "this test needs a file system with sparse files"
+    return tmp_path
+
+
+def test_data_larger_than_memory_are_read_piece_by_piece(sparse):
+    megabytes = 2**10 if sys.platform == "linux" else 2**20  # in the unit of ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    part = load_celeba(256, "train", sparse)
+    pieces = list(itertools.islice(part.first(60_000).batches(16), 10))
+    batches = Batches(part, 16, seed=0, flip=True)
+    seen = [batches(step, Draws(0, step))[0] for step in range(10)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(part) == 62_771 and not batches.resident
+    assert all(p.shape == (16, 3, 256, 256) and not p.any() for p in pieces) and all((x == -1).all() for x in seen)
+    assert peak < 100 * 2**20, f"{peak:,} bytes"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * megabytes
 
 
 # --- CIFAR-10 through torchvision -----------------------------------------------------------------------------------
@@ -395,3 +514,49 @@ def test_a_batch_that_does_not_divide_into_slices_is_refused():
 def test_images_without_labels_make_batches_without_labels():
     few = numbered(4)
     assert Batches(ImageData("x", "train", few.images), 2, seed=0)(0, Draws(0, 0))[1] is None
+
+
+# --- batches of data that are not on the device ------------------------------------------------------------------------
+
+def mapped(data, tmp_path):
+    "The same data in a file."
+    np.save(tmp_path / "mapped.npy", data.images)
+    return ImageData(data.name, data.split, np.load(tmp_path / "mapped.npy", mmap_mode="r"), data.labels)
+
+
+@pytest.mark.parametrize("resident", [None, True, False])
+@pytest.mark.parametrize("stored", [lambda data, _: data, mapped], ids=["memory", "mapped"], indirect=False)
+def test_batches_are_the_same_wherever_the_images_lie(tmp_path, stored, resident):
+    data = numbered(1_500)  # more than are copied to a device at a time
+    other = Batches(stored(data, tmp_path), 64, 0, True, 4, (1, 3), resident=resident)
+    rows = torch.from_numpy(data.images)
+    for step in (0, 1, 30):
+        draws = [Draws(0, step, (1, 3)) for _ in range(2)]
+        x, y = other(step, draws[0])
+        flipped = draws[1].rand(32) < 0.5  # what the definition says, image by image
+        want = torch.stack([to_float(rows[i:i + 1])[0].flip(-1) if f else to_float(rows[i:i + 1])[0]
+                            for i, f in zip(other.indices(step), flipped)])
+        assert torch.equal(x, want) and torch.equal(y, other.indices(step))
+        assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_memory_map_stays_one_on_the_cpu_and_fills_half_of_a_gpu_at_most(tmp_path, monkeypatch):
+    few = numbered(10)
+    file, n = mapped(few, tmp_path), few.images.nbytes
+    assert Batches(few, 2, 0).resident and not Batches(file, 2, 0).resident
+    assert np.shares_memory(Batches(file, 2, 0).images, file.images)
+    for free, fits in ((2 * n, True), (2 * n - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 100 * n))
+        assert all(data._fits(d.images, torch.device("cuda")) == fits for d in (few, file))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_gpu_gets_the_batches_of_the_cpu(tmp_path, resident):
+    few = numbered(2_000)
+    there = Batches(mapped(few, tmp_path), 64, 0, device="cuda", resident=resident)
+    here = Batches(few, 64, 0)
+    for step in range(50):
+        (x, y), (want, labels) = there(step, Draws(0, step, device="cuda")), here(step, Draws(0, step))
+        assert x.device.type == y.device.type == "cuda"
+        assert torch.allclose(x.cpu(), want, atol=1e-6) and torch.equal(y.cpu(), labels)

@@ -1,11 +1,19 @@
 """The networks that look at images: what they are trained on, what they read, and how they are found."""
+import dataclasses
+import json
+import math
+
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as tv
 from conftest import complains, generator, randomised
-from hybridvae.core import Draws, save_model
+from hybridvae.core import Draws, build_model, count_parameters, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
-from hybridvae.features import FeatureNetwork, degrade, gaussian_blur, hue_difference, load_features
+from hybridvae.features import (FEATURE_WEIGHTS, Classifier, FaceEncoder, FeatureNetwork, ResidualBlock, adjust_colour, crop_resize, cut_out,
+                                degrade, effective_rank, feature_path, gaussian_blur, hue_difference, load_features,
+                                random_view, retrieval_accuracy, shift, shipped_features, vicreg)
+from hybridvae.training import Average, TrainConfig, train
 
 
 def shapes(n, start=0):
@@ -89,17 +97,6 @@ def test_labels_without_factors_are_classes():
     assert set(plain.read(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))) == {"class"}
 
 
-def test_shipped_networks_are_found_by_name(network, tmp_path, monkeypatch):
-    monkeypatch.setenv("HYBRIDVAE_WEIGHTS", str(tmp_path))
-    with complains("no shipped feature network 'faces'", "shapes"):
-        load_features("faces")
-    with complains(tmp_path / "shapes-features.safetensors", "give the path"):
-        load_features("shapes")
-    save_model(network, tmp_path / "shapes-features.safetensors")
-    images = shapes(5).tensor()
-    assert torch.equal(load_features("shapes")(images), network(images))
-
-
 def test_the_shipped_network_for_shapes_reads_shapes():
     "The weights that ship: they must see what factors say, or all distances on Shapes mean nothing."
     data = shapes(300, 1_000_000_000)  # held out
@@ -107,3 +104,360 @@ def test_the_shipped_network_for_shapes_reads_shapes():
     factors = torch.from_numpy(data.labels)
     assert (seen["class"] == factors[:, 0]).double().mean() > 0.97
     assert hue_difference(seen["hue"], factors[:, 1]).mean() < 5 / 360
+
+
+# --- the contract of all networks -----------------------------------------------------------------------------------
+
+NETWORKS = {
+    "FeatureNetwork": lambda: FeatureNetwork(width=8, num_features=16),
+    "Classifier": lambda: Classifier(channels=(8, 12), blocks=1),
+    "FaceEncoder": lambda: FaceEncoder(image_size=32, channels=(8, 12), blocks=1, projection=16),
+    "FaceEncoder-256": lambda: FaceEncoder("faces-256", 256, (4, 8, 12), 1, stride=4, projection=16),
+}
+
+
+def seasoned(make):
+    "A network whose batch normalisation has seen images, in eval mode: with untouched statistics eval would be trivial."
+    torch.manual_seed(0)
+    model = make()
+    draws = Draws(0, 0)
+    model.train()
+    for _ in range(5):
+        model.training_loss(torch.rand(16, 3, *[model.config["image_size"]] * 2, generator=generator()) * 2 - 1,
+                            torch.zeros(16, 8) if model.factors else torch.zeros(16), draws=draws)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=list(NETWORKS))
+def any_network(request):
+    return seasoned(NETWORKS[request.param])
+
+
+def images_for(model, n=6):
+    size = model.config["image_size"]
+    return torch.from_numpy(draw_shapes(shapes_factors(np.arange(n)), size)).permute(0, 3, 1, 2)
+
+
+def test_every_network_keeps_the_contract(any_network):
+    images = images_for(any_network)
+    h = any_network(images)
+    assert h.shape == (6, any_network.num_features) and h.dtype == torch.float32 and torch.isfinite(h).all()
+    assert torch.equal(any_network(images.float()), h)  # values, not the type, count
+    both_h, logits = any_network.both(images)
+    assert torch.equal(both_h, h)
+    if any_network.classes:
+        assert logits.shape == (6, any_network.classes) and torch.equal(logits, any_network.logits(images))
+        assert torch.equal(any_network.read(images)["class"], logits.argmax(dim=1))
+    else:
+        assert logits is None
+        with complains(repr(any_network.name), "trained on labels"):
+            any_network.logits(images)
+    rebuilt = build_model(json.loads(json.dumps(any_network.config)))
+    rebuilt.load_state_dict(any_network.state_dict())
+    assert torch.equal(rebuilt.eval()(images), h)
+
+
+def test_an_images_features_do_not_depend_on_its_company(any_network):
+    images = images_for(any_network)
+    alone = torch.cat([any_network(image[None]) for image in images])
+    torch.testing.assert_close(alone, any_network(images), rtol=1e-4, atol=1e-5)
+
+
+def test_blur_and_noise_move_the_features(any_network):
+    "Further than a change that nobody sees: one grey level up."
+    images = images_for(any_network, 20).float()
+    moved = lambda other: (any_network(other) - any_network(images)).norm(dim=1).mean()
+    unseen = moved(images + 1)
+    assert moved(gaussian_blur(images, 1.0)) > 2 * unseen
+    assert moved(images + 20 * torch.randn(images.shape, generator=generator())) > 2 * unseen
+
+
+def test_all_randomness_comes_from_the_draws(any_network):
+    x = images_for(any_network, 8).float() / 127.5 - 1
+    y = torch.from_numpy(shapes_factors(np.arange(8))) if any_network.factors else torch.arange(8) % 2
+    losses, before = [], torch.get_rng_state()
+    for key in (0, 0, 1):
+        model = build_model(any_network.config)
+        model.load_state_dict(any_network.state_dict())
+        torch.set_rng_state(before)
+        model.train()
+        losses.append(model.training_loss(x, y, draws=Draws(key, 0))["loss"].item())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_half_precision_weights_see_the_same(name, tmp_path):
+    model = seasoned(NETWORKS[name])
+    save_model(model, tmp_path / "half.safetensors", dtype=torch.float16)
+    h, half = model(images_for(model)), load_model(tmp_path / "half.safetensors")(images_for(model))
+    assert 0 < (half - h).norm() < 0.01 * (h - h.mean(dim=0)).norm()
+
+
+def test_networks_are_small_enough_to_ship():
+    "At most 2.5 million numbers for the classifier, 2 million for encoders without their heads; 128 features."
+    faces_256 = FaceEncoder("faces-256", 256, (32, 64, 96, 128, 128), stride=4)
+    assert count_parameters(Classifier()) < 2.5e6 and Classifier().num_features == 128
+    for encoder in (FaceEncoder(), faces_256):
+        slim = encoder.slim()
+        assert count_parameters(slim) == count_parameters(encoder.body) < 2e6 and encoder.num_features == 128
+
+
+def test_the_classifier_has_the_parameters_of_wrn_40_2():
+    "Closed form: 3 x 3 convolutions, two in a block, 1 x 1 where the shape changes, batch norms, and the last layer."
+    convolutions, norms, width = 27 * 32, 0, 32
+    for c in (32, 64, 128):
+        convolutions += 9 * c * (width + 11 * c) + (width * c if width != c else 0)
+        norms += width + 11 * c
+        width = c
+    assert count_parameters(Classifier()) == convolutions + 2 * (norms + 128) + 128 * 10 + 10
+
+
+def test_a_residual_block_adds_to_its_input():
+    x = torch.randn(4, 6, 8, 8, generator=generator())
+    same, other = ResidualBlock(6, 6, 1), ResidualBlock(6, 8, 2)
+    for block in (same, other):
+        torch.nn.init.zeros_(block.conv2.weight)
+    assert torch.equal(same(x), x)
+    active = torch.relu((x - x.mean(dim=(0, 2, 3), keepdim=True)) / (x.var(dim=(0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt())
+    expected = torch.einsum("oc,nchw->nohw", other.shortcut.weight[:, :, 0, 0], active[:, :, ::2, ::2])
+    torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+def test_a_shifted_image_is_a_slice_of_the_mirrored_image():
+    x = torch.rand(81, 3, 12, 10, generator=generator())
+    offset = torch.tensor([(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5)])
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="reflect")
+    for moved, source, (dy, dx) in zip(shift(x, offset), padded, offset.tolist()):
+        assert np.array_equal(moved.numpy(), source[:, 4 - dy:16 - dy, 4 - dx:14 - dx])
+
+
+@pytest.mark.parametrize("size", [1, 5, 6])
+def test_cut_out_removes_its_square_and_nothing_else(size):
+    x = torch.rand(80, 3, 8, 10, generator=generator()) + 1
+    centre = torch.tensor([(r, c) for r in range(8) for c in range(10)])
+    for hidden, image, (r, c) in zip(cut_out(x, centre, size), x, centre.tolist()):
+        expected = image.clone()
+        top, left = r - size // 2, c - size // 2
+        expected[:, max(top, 0):top + size, max(left, 0):left + size] = 0
+        assert torch.equal(hidden, expected)
+
+
+def test_training_images_of_the_classifier_are_moved_and_hidden_by_all_amounts():
+    "A dot in the middle of 16 x 16 pixels ends at any of 9 x 9 places; the square's centre may be at any pixel."
+    x = torch.zeros(20_000, 1, 16, 16)
+    x[:, :, 8, 8] = 1
+    places = Classifier(cutout=0).augment(x, Draws(0, 0)).sum(dim=(0, 1)) / len(x)
+    expected = torch.zeros(16, 16)
+    expected[4:13, 4:13] = 1 / 81
+    assert (places - expected).abs().max() < 0.005
+    hidden = (Classifier(cutout=1).augment(torch.ones(20_000, 1, 16, 16), Draws(0, 0)) == 0).sum(dim=(0, 1)) / 20_000
+    assert (hidden - 1 / 256).abs().max() < 0.002
+
+
+def test_augmentation_is_for_training_only():
+    model = seasoned(NETWORKS["Classifier"])
+    x, y = images_for(model).float() / 127.5 - 1, torch.arange(6)
+    found = model.training_loss(x, y, draws=None)
+    torch.testing.assert_close(found["loss"], torch.nn.functional.cross_entropy(model.class_head(model.body(x)), y))
+    assert found["error"] == (model.read(images_for(model))["class"] != y).float().mean()
+
+
+def test_the_whole_image_as_a_part_is_the_image():
+    x = torch.rand(4, 3, 16, 12, generator=generator()) * 2 - 1
+    torch.testing.assert_close(crop_resize(x, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(4, 4)), x, rtol=0, atol=1e-5)
+
+
+def test_a_part_at_full_size_is_what_interpolating_its_slice_gives():
+    "Away from the part's edge, where a slice has no neighbours to interpolate with."
+    x = torch.rand(1, 3, 16, 32, generator=generator())
+    part = crop_resize(x, torch.tensor([[8 / 32, 4 / 16, 16 / 32, 8 / 16]]))  # left, top, width, height
+    expected = torch.nn.functional.interpolate(x[:, :, 4:12, 8:24], size=(16, 32), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(part[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], rtol=0, atol=1e-5)
+
+
+def test_colours_change_as_in_torchvision():
+    x = torch.rand(6, 3, 8, 8, generator=generator()) * 2 - 1
+    factors = 0.6 + 0.8 * torch.rand(3, 6, generator=generator(1))
+    factors[2, 0] = 0
+    for found, image, (b, c, s) in zip(adjust_colour(x, *factors), x, factors.T.tolist()):
+        u = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness((image + 1) / 2, b), c), s)
+        torch.testing.assert_close(found, 2 * u - 1, rtol=0, atol=2e-3)  # its grey weights add up to 0.9999
+    ones = torch.ones(6)
+    torch.testing.assert_close(adjust_colour(x, ones, ones, ones), x)
+
+
+def test_views_are_parts_mirrored_and_recoloured_within_their_limits():
+    "Ramps of brightness show which part a view holds: their slopes are its width and height."
+    axis = (torch.arange(32) + 0.5) / 32
+    ramps = torch.stack([axis.expand(32, 32), axis[:, None].expand(32, 32)]) * 2 - 1
+    x = torch.cat([ramps, torch.zeros(1, 32, 32)]).expand(2_000, 3, 32, 32)
+    identity = lambda u, *factors: u
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hybridvae.features.adjust_colour", identity)
+        views = random_view(x, Draws(0, 0))
+    width, height = views[:, 0, 16, 24] - views[:, 0, 16, 8], views[:, 1, 24, 16] - views[:, 1, 8, 16]  # 16 of 32 pixels, of 2
+    area, ratio = width.abs() * height, width.abs() / height
+    assert 900 < (width < 0).sum() < 1_100 and (height > 0).all()
+    assert 0.3 < area.min() < 0.4 and 0.9 < area.max() <= 1.001
+    assert 0.74 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.34
+    grey = random_view(torch.rand(1_000, 3, 8, 8, generator=generator()) * 2 - 1, Draws(0, 0))
+    assert 150 < ((grey - grey.mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-3).sum() < 250
+
+
+def test_views_have_no_noise():
+    "What was constant stays constant, so that the encoder never learns to overlook noise."
+    views = random_view(torch.full((200, 3, 16, 16), 0.1), Draws(0, 0))
+    assert (views.amax(dim=(2, 3)) - views.amin(dim=(2, 3))).abs().max() < 1e-5
+
+
+# --- the loss of the encoder, and what is measured of it -------------------------------------------------------------
+
+def slow_vicreg(a, b):
+    "Algorithm 1 of the paper, number by number."
+    n, p = a.shape
+    terms = {"invariance": sum((a[i, k] - b[i, k]) ** 2 for i in range(n) for k in range(p)) / (n * p), "variance": 0,
+             "covariance": 0}
+    for z in (a, b):
+        mean = [sum(z[i, k] for i in range(n)) / n for k in range(p)]
+        cov = lambda k, l: sum((z[i, k] - mean[k]) * (z[i, l] - mean[l]) for i in range(n)) / (n - 1)
+        terms["variance"] += sum(max(0, 1 - math.sqrt(cov(k, k) + 1e-4)) for k in range(p)) / p
+        terms["covariance"] += sum(cov(k, l) ** 2 for k in range(p) for l in range(p) if k != l) / p
+    return terms
+
+
+def test_vicreg_is_the_papers():
+    scale = torch.tensor([0.2, 0.5, 1.0, 2.0])
+    a = (torch.randn(7, 4, generator=generator()) * scale).double()
+    b = a + 0.3 * torch.randn(7, 4, generator=generator(1)).double()
+    found, expected = vicreg(a, b), slow_vicreg(a.numpy(), b.numpy())
+    assert found.keys() == expected.keys()
+    for term, value in expected.items():
+        assert value > 0.01 and found[term].item() == pytest.approx(value, rel=1e-6)
+
+
+def test_the_encoders_loss_weighs_the_terms_as_the_paper_does():
+    model = seasoned(NETWORKS["FaceEncoder"]).train()
+    terms = model.training_loss(images_for(model, 8).float() / 127.5 - 1, draws=Draws(0, 0))
+    torch.testing.assert_close(terms["loss"], 25 * terms["invariance"] + 25 * terms["variance"] + terms["covariance"])
+    assert min(value.item() for value in terms.values()) > 0
+    with complains("'faces'", "projection"):
+        model.slim().training_loss(torch.zeros(2, 3, 32, 32), draws=Draws(0, 0))
+
+
+def test_covariances_are_exact_under_autocast():
+    "In bfloat16 the squares of many small covariances would be lost."
+    model = seasoned(NETWORKS["FaceEncoder"]).train()
+    x, seen = images_for(model, 8).float() / 127.5 - 1, []
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr("hybridvae.features.vicreg", lambda a, b: seen.append((a @ b.T).dtype) or vicreg(a, b))
+        model.training_loss(x, draws=Draws(0, 0))
+    assert seen == [torch.float32]
+
+
+def test_an_encoder_without_its_head_sees_the_same(tmp_path):
+    model = seasoned(NETWORKS["FaceEncoder"])
+    slim = model.slim()
+    assert torch.equal(slim(images_for(model)), model(images_for(model)))
+    save_model(slim, tmp_path / "slim.safetensors")
+    assert torch.equal(load_model(tmp_path / "slim.safetensors")(images_for(model)), model(images_for(model)))
+
+
+def test_effective_rank_counts_directions():
+    x = torch.randn(50, 5, generator=generator())
+    q = torch.linalg.qr(x - x.mean(dim=0))[0]  # orthonormal columns of mean zero
+    for k in (1, 3, 5):
+        assert effective_rank(torch.cat([q[:, :k], torch.zeros(50, 9 - k)], dim=1) + 7) == pytest.approx(k, abs=0.05)
+    p = np.array([0.75, 0.25])  # two directions, one of them three times as long
+    expected = math.exp(-(p * np.log(p)).sum())
+    assert effective_rank(q[:, :2] * torch.tensor([3.0, 1.0])) == pytest.approx(expected, abs=0.01)
+
+
+def test_retrieval_finds_partners_and_not_others():
+    a = torch.randn(40, 8, generator=generator())
+    assert retrieval_accuracy(a, 2 * a + 0.01) > 0.99  # the length does not count
+    half = torch.cat([a[:20], a[20:].roll(1, dims=0)])
+    assert retrieval_accuracy(a, half) == 0.5
+    assert retrieval_accuracy(a, torch.randn(40, 8, generator=generator(1))) < 0.2
+
+
+def test_measures_say_what_the_encoder_sees():
+    data, model = shapes(120, 1_000_000_000), seasoned(NETWORKS["FaceEncoder"])
+    first = model.measures(data, data, n=100)
+    assert first == model.measures(data, data, n=100) and first["retrieval_n"] == 100
+    features = model(data.first(100).tensor())
+    assert first["feature_std"] == pytest.approx(features.std(dim=0).mean().item(), rel=1e-4)
+    assert first["effective_rank"] == pytest.approx(effective_rank(features), rel=1e-3)
+    assert 0 < first["retrieval_accuracy"] <= 1
+    classifier = seasoned(NETWORKS["Classifier"])
+    labelled = ImageData("x", "test", data.images, classifier.read(data.tensor())["class"].numpy().astype(np.uint8))
+    labelled.labels[:30] = (labelled.labels[:30] + 1) % 10
+    assert classifier.measures(labelled, labelled) == {"accuracy": pytest.approx(0.75)}
+
+
+# --- training in the package's loop ----------------------------------------------------------------------------------
+
+def test_without_averaging_the_trained_network_is_the_last_one(tmp_path):
+    "ema_kimg=0: weights and running statistics of one and the same step."
+    data = dataclasses.replace(shapes(64), labels=(np.arange(64) % 3).astype(np.uint8))
+    config = TrainConfig(kimg=0.128, batch_size=32, ema_kimg=0, weight_decay=0.1, lr=1e-2, lr_decay="constant", n_slices=2)
+    model, last = NETWORKS["Classifier"](), []
+    original = Average.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Average, "update", lambda self, decay: (
+            original(self, decay), last.append({k: v.clone() for k, v in model.state_dict().items()})))
+        train(model, data, config, tmp_path, cpu=True, progress=False)
+    assert len(last) == 4 and all(torch.equal(v, last[-1][k]) for k, v in model.state_dict().items())
+    assert not torch.equal(last[-1]["body.0.weight"], last[-2]["body.0.weight"])
+
+
+def learn(model, data, config, folder):
+    torch.manual_seed(0)
+    train(model, data, TrainConfig(ema_kimg=0, n_slices=1, **config), folder, cpu=True, progress=False)
+    return model
+
+
+def test_a_classifier_learns_its_classes(tmp_path):
+    data, test = (ImageData("x", "train", d.images[:, ::2, ::2], d.labels[:, 0].astype(np.uint8))
+                  for d in (shapes(600), shapes(200, 1_000_000_000)))
+    torch.manual_seed(0)
+    model = Classifier(classes=3, image_size=16, channels=(8, 16), blocks=1, reach=1, cutout=4)
+    learn(model, data, dict(kimg=5, batch_size=50, lr=1e-2, weight_decay=0.05, precision="fp32"), tmp_path)
+    assert model.measures(data, test)["accuracy"] > 0.7  # a third by chance
+
+
+def test_an_encoder_learns_to_find_views_and_does_not_collapse(tmp_path):
+    data, test = shapes(1_000), shapes(200, 1_000_000_000)
+    torch.manual_seed(0)
+    model = FaceEncoder("x", 32, (8, 16), 1, stride=4, projection=32)
+    before = model.eval().measures(data, test)
+    learn(model, data, dict(kimg=6, batch_size=100, lr=5e-3, precision="fp32"), tmp_path)
+    after = model.measures(data, test)
+    assert after["retrieval_accuracy"] > before["retrieval_accuracy"] + 0.1
+    assert after["effective_rank"] > 3 and after["feature_std"] > 0.01
+
+
+# --- finding shipped networks ----------------------------------------------------------------------------------------
+
+def test_shipped_networks_are_found_by_name(network, tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRIDVAE_WEIGHTS", str(tmp_path))
+    for find in (load_features, shipped_features, feature_path):
+        with complains("no feature network 'birds'", *FEATURE_WEIGHTS):
+            find("birds")
+    for name in FEATURE_WEIGHTS:
+        assert not shipped_features(name) and feature_path(name).parent == tmp_path
+        with complains(repr(name), "hybridvae run --dataset", feature_path(name)):
+            load_features(name)
+    save_model(network, tmp_path / "shapes-features.safetensors")
+    images = shapes(5).tensor()
+    assert shipped_features("shapes") and torch.equal(load_features("shapes")(images), network(images))
+    feature_path("cifar").write_bytes(b"not weights")
+    with complains(feature_path("cifar"), "train or download it again"):
+        load_features("cifar")
+
+
+def test_every_shipped_network_bears_the_name_it_is_found_by():
+    for name in filter(shipped_features, FEATURE_WEIGHTS):
+        assert load_features(name).name == name

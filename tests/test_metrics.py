@@ -1,12 +1,26 @@
-"""The Fréchet distance against its closed form and torch-fidelity, and what it does on damaged images."""
+"""Every metric against another implementation or a closed form, and its order under noise, blur and dropped modes."""
+import json
+import math
+import pickle
+import sys
+import weakref
+
 import numpy as np
 import pytest
 import torch
-from conftest import generator, randomised
+from conftest import complains, generator, randomised
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.features import FeatureNetwork, gaussian_blur, load_features
-from hybridvae.metrics import DEGRADATIONS, count_flops, distance_floors, distance_scale, extract, frechet_distance
+from hybridvae.metrics import (DEGRADATIONS, INCEPTION_FILE, ImageStatistics, compare, count_flops, density_coverage, describe,
+                               distance_floors, distance_scale, diversity, extract, frechet_distance, high_frequency_power,
+                               inception_score, kernel_distance, linear_readout, load_inception, measure, metric_name,
+                               path_length, power_spectrum, precision_recall, slerp)
+from sklearn.neighbors import NearestNeighbors
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torch_fidelity.noise import batch_slerp_any
 
 
 def shapes(n, start=0):
@@ -18,6 +32,83 @@ def shapes(n, start=0):
 def network():
     "Random weights see shapes, noise and blur well enough to test the distance."
     return randomised(FeatureNetwork(width=8, num_features=16), scale=0.2)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_features("shapes")
+
+
+def cloud(n, dim=6, seed=0, shift=0.0):
+    return torch.randn(n, dim, generator=generator(seed)) + shift
+
+
+# --- one look at each image --------------------------------------------------------------------------------------------
+
+
+def test_images_are_let_go_as_soon_as_they_are_seen(network):
+    "Of ten batches never more than two exist: the one just seen, and the next one."
+    alive = []
+
+    def batches():
+        for start in range(0, 100, 10):
+            assert sum(ref() is not None for ref in alive) <= 1, "an earlier batch is still in memory"
+            batch = shapes(10, start).tensor().clone()
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    seen = describe(network, batches())
+    assert len(seen) == 100 and not any(ref() is not None for ref in alive)
+
+
+def test_statistics_are_what_the_network_says_of_each_image_alone(network):
+    data = shapes(30)
+    images = data.tensor()
+    for found in (describe(network, data, 7), describe(network, images, 11), describe(network, iter(images.split(4)))):
+        assert len(found) == 30 and found.features.dtype == torch.float32 and not found.features.requires_grad
+        for name, each in (("features", network), ("logits", network.logits), ("high_frequency", high_frequency_power)):
+            want = torch.cat([each(image[None]) for image in images])
+            torch.testing.assert_close(getattr(found, name), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_network_looks_once_at_each_image(network):
+    seen = []
+    hook = network.body.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    describe(network, shapes(50), 20)
+    hook.remove()
+    assert seen == [20, 20, 10]
+
+
+class Plain(torch.nn.Module):
+    "A feature network with features alone: the mean colour and its square."
+    name, num_features = "plain", 6
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1 / 255))
+
+    def forward(self, images):
+        colour = images.float().mean(dim=(2, 3)) * self.scale
+        return torch.cat([colour, colour.square()], dim=1)
+
+
+class WithClasses(Plain):
+    def logits(self, images):
+        return 5 * self(images)[:, :3]
+
+
+def test_a_network_needs_only_features_and_where_it_has_classes_logits():
+    images = shapes(20).tensor()
+    assert describe(Plain(), images).logits is None
+    torch.testing.assert_close(describe(WithClasses(), images).logits, 5 * images.float().mean(dim=(2, 3)) / 255)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+                                    torch.zeros(3, 8, 8, dtype=torch.uint8)], ids=["float", "grey", "one image"])
+def test_only_bytes_in_colour_are_measured(network, images):
+    with complains("uint8", tuple(images.shape)):
+        ImageStatistics(network).add(images)
 
 
 # --- Fréchet distance -----------------------------------------------------------------------------------------------
@@ -111,8 +202,473 @@ def test_scale_and_floors_are_the_distances_they_name(network):
     assert scale["noise, 20 of 255"] > scale["noise, 5 of 255"] and scale["blur, 1 pixel"] > scale["blur, 0.5 pixels"]
     floors = distance_floors(network, train, test, n=150)
     halves, held_out = (frechet_distance(features[:150], other) for other in (features[150:], reference))
-    assert floors == {"n": 150, "train half to train half": pytest.approx(halves, rel=1e-5),
-                      "train to held-out": pytest.approx(held_out, rel=1e-5)}
+    assert floors["n"] == 150 and "groups" not in floors
+    assert floors["train half to train half"] == pytest.approx(halves, rel=1e-5)
+    assert floors["train to held-out"] == pytest.approx(held_out, rel=1e-5)
+
+
+
+
+@pytest.fixture(scope="module")
+def floored(network):
+    train, test = shapes(300), shapes(200, 10_000)
+    return train, test, distance_floors(network, train, test, n=120, groups={"squares": train.labels[:, 0] == 0,
+                                                                             "evens": np.arange(0, 300, 2)})
+
+
+def test_every_metric_has_its_floor(network, floored):
+    train, test, floors = floored
+    half, other, held_out = (describe(network, part.tensor()) for part in (train.first(120), shapes(120, 120), test))
+    for pair, against in (("train half to train half", other), ("train to held-out", held_out)):
+        want = {metric_name(kind, network): value for kind, value in measure(half, against).items()}
+        assert floors["metrics"][pair] == pytest.approx(want, rel=1e-4)
+        assert floors[pair] == floors["metrics"][pair]["FD (shapes)"]
+
+
+def test_floors_of_a_group_are_those_of_its_images_alone(network, floored):
+    train, test, floors = floored
+    assert floors["groups"].keys() == {"squares", "evens"} and floors["groups"]["evens"]["n"] == 75
+    squares = ImageData("shapes", "train", train.images[train.labels[:, 0] == 0])
+    assert floors["groups"]["squares"] == distance_floors(network, squares, test, n=120)
+    evens = ImageData("shapes", "train", train.images[::2])
+    assert floors["groups"]["evens"] == distance_floors(network, evens, test, n=120)
+
+
+# --- kernel distance -------------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_distance_is_that_of_torch_fidelity():
+    "Subsets as large as the sets: then both packages take all images, in whatever order."
+    a, b = cloud(80, shift=0.3), cloud(80, seed=1)
+    want = kid_features_to_metric(a.double(), b.double(), kid_subsets=2, kid_subset_size=80, verbose=False)
+    assert kernel_distance(a, b, subsets=2, subset_size=80) == pytest.approx(want["kernel_inception_distance_mean"], rel=1e-9)
+
+
+def test_the_kernel_distance_is_the_double_sum_of_the_kernel():
+    a, b = cloud(12, shift=0.5).double(), cloud(12, seed=1).double()
+    k = lambda x, y: float((x @ y / 6 + 1) ** 3)
+    within = sum(k(x[i], x[j]) for x in (a, b) for i in range(12) for j in range(12) if i != j) / (12 * 11)
+    between = sum(k(x, y) for x in a for y in b) / 12**2
+    assert kernel_distance(a, b, subsets=1) == pytest.approx(within - 2 * between, rel=1e-9)
+
+
+def test_the_kernel_distance_is_unbiased_where_the_frechet_distance_is_not():
+    pairs = [(cloud(40, seed=2 * s), cloud(40, seed=2 * s + 1)) for s in range(60)]
+    kernel = np.array([kernel_distance(a, b, subsets=1) for a, b in pairs])
+    assert abs(kernel.mean()) < 3 * kernel.std() / math.sqrt(60) and kernel.min() < 0
+    assert min(frechet_distance(a, b) for a, b in pairs) > 0
+
+
+@pytest.mark.parametrize("metric", [lambda: kernel_distance(cloud(50), cloud(60, seed=1), subsets=5, subset_size=20),
+                                    lambda: inception_score(cloud(57)), lambda: diversity(cloud(20), cloud(20, seed=1))])
+def test_random_subsets_are_the_same_every_time_and_the_global_generator_is_left_alone(metric):
+    torch.manual_seed(1)
+    first, state = metric(), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(3)
+    assert metric() == first
+
+
+# --- class score -------------------------------------------------------------------------------------------------------
+
+
+def test_the_class_score_is_that_of_torch_fidelity():
+    logits = 3 * cloud(200, dim=5)
+    want = isc_features_to_metric(logits, splits=1)["inception_score_mean"]
+    assert inception_score(logits, splits=1) == pytest.approx(want, rel=1e-9)
+    many = logits.repeat_interleave(50, dim=0)  # shuffled in another order, split into ten
+    want = isc_features_to_metric(many, splits=10)["inception_score_mean"]
+    assert inception_score(many) == pytest.approx(want, rel=0.01)
+
+
+def test_the_class_score_goes_from_one_to_the_number_of_classes():
+    sure = 800.0 * torch.nn.functional.one_hot(torch.arange(60) % 4).float()  # as far as exp underflows
+    assert inception_score(torch.zeros(60, 4)) == pytest.approx(1)
+    assert inception_score(sure, splits=1) == pytest.approx(4)
+    assert inception_score(sure[:1].repeat(60, 1)) == pytest.approx(1)
+
+
+# --- neighbours -------------------------------------------------------------------------------------------------------
+
+
+def radii(points, k):
+    distances, _ = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(points).kneighbors(points)
+    return distances[:, k]
+
+
+def brute(a, b, k):
+    "Precision, recall, density and coverage from all differences, in float64."
+    a, b = a.double().numpy(), b.double().numpy()
+    distance = np.linalg.norm(a[:, None] - b[None], axis=2)
+    return {"precision": (distance <= radii(b, k)).any(axis=1).mean(),
+            "recall": (distance <= radii(a, k)[:, None]).any(axis=0).mean(),
+            "density": (distance < radii(b, k)).sum() / (k * len(a)),
+            "coverage": (distance < radii(b, k)).any(axis=0).mean()}
+
+
+@pytest.mark.parametrize("n, m, k", [(60, 60, 3), (70, 40, 5), (1_100, 1_050, 3)])  # also several chunks
+def test_neighbour_metrics_are_those_of_scikit_learn(n, m, k):
+    a, b = cloud(n, shift=0.5), 1.5 * cloud(m, seed=1)
+    want = brute(a, b, k)
+    assert 0.01 < min(want.values()) and want["precision"] < 1 and want["recall"] < 1
+    assert precision_recall(a, b, k) | density_coverage(a, b, k) == pytest.approx(want, abs=1e-6)
+
+
+def test_precision_and_recall_are_those_of_torch_fidelity():
+    a, b = cloud(150, shift=0.5), 1.5 * cloud(150, seed=1)
+    want = prc_features_to_metric(a, b, prc_neighborhood=3, verbose=False)
+    assert precision_recall(a, b) == pytest.approx({key: want[key] for key in ("precision", "recall")}, abs=1e-6)
+
+
+def test_neighbours_survive_features_far_from_zero():
+    "On a grid the shift is exact, so nothing may change; |a|² + |b|² - 2ab would lose all digits here."
+    grid = lambda x: (x * 64).round() / 64
+    a, b = grid(cloud(200, shift=0.5)), grid(1.5 * cloud(200, seed=1))
+    for metric in (precision_recall, density_coverage):
+        assert metric(a + 8192, b + 8192) == metric(a, b)
+
+
+def test_too_few_images_for_neighbours_are_refused():
+    with complains("3 images", "6"):
+        density_coverage(cloud(3), cloud(3))
+
+
+def test_copies_of_the_reference_are_precise_and_cover_it():
+    real = cloud(100)
+    assert precision_recall(real, real) == {"precision": 1, "recall": 1}
+    assert density_coverage(real, real)["coverage"] == 1
+    one = real[:1].repeat(100, 1)  # one image again and again: precise, without recall
+    assert precision_recall(one, real) == {"precision": 1, "recall": pytest.approx(0.01)}
+
+
+def test_diversity_is_the_mean_distance_of_pairs():
+    a, b = cloud(300), 2 * cloud(200, seed=1)
+    assert diversity(3 * b + 5, b) == pytest.approx(3, rel=1e-5) and diversity(a[:1].repeat(9, 1), b) == 0
+    want = torch.pdist(a).mean() / torch.pdist(b).mean()
+    assert diversity(a, b, pairs=200_000) == pytest.approx(want.item(), rel=0.01)
+
+
+# --- frequencies -------------------------------------------------------------------------------------------------------
+
+
+def wave(cycles, size=32, amplitude=100, axis=3):
+    "A grey wave with so many cycles per image."
+    x = 127 + amplitude * torch.cos(2 * math.pi * cycles * torch.arange(size) / size)
+    return x.round().to(torch.uint8).reshape([-1 if i == axis else 1 for i in range(4)]).expand(1, 3, size, size)
+
+
+def test_the_spectrum_is_that_of_numpy():
+    images = shapes(3).tensor()
+    grey = (images.double() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1).numpy() / 255
+    power = np.abs(np.fft.fft2(grey - grey.mean(axis=(1, 2), keepdims=True)))**2 / 32**2
+    index = np.minimum(np.arange(32), 32 - np.arange(32))
+    cycles = np.sqrt(index[:, None]**2 + index**2)
+    np.testing.assert_allclose(high_frequency_power(images), power[:, cycles > 8].mean(axis=1), rtol=1e-3)
+    rings = [power[:, (cycles >= r - 0.5) & (cycles < r + 0.5)].mean() for r in range(1, 17)]
+    np.testing.assert_allclose(power_spectrum(images), rings, rtol=1e-3)
+
+
+def test_a_wave_has_its_power_where_its_frequency_is():
+    for cycles in (3, 12):
+        assert power_spectrum(wave(cycles)).argmax() == cycles - 1
+        assert torch.allclose(high_frequency_power(wave(cycles)), high_frequency_power(wave(cycles, axis=2)), rtol=1e-4)
+    assert high_frequency_power(wave(3)) < 1e-4 * high_frequency_power(wave(12))
+    assert high_frequency_power(wave(0)) < 1e-12  # brightness alone has none
+
+
+def test_the_power_of_white_noise_is_its_variance():
+    noise = (127 + 20 * torch.randn(50, 1, 32, 32, generator=generator())).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    assert high_frequency_power(noise).mean().item() == pytest.approx((20 / 255)**2, rel=0.03)
+    assert power_spectrum(noise).mean().item() == pytest.approx((20 / 255)**2, rel=0.1)
+
+
+# --- latent space ------------------------------------------------------------------------------------------------------
+
+
+def test_spherical_interpolation_is_that_of_torch_fidelity():
+    a, b = cloud(20, dim=9), cloud(20, dim=9, seed=1)
+    for t in (0.0, 0.2, 1.0):
+        torch.testing.assert_close(slerp(a, b, t), batch_slerp_any(a, b, t), rtol=1e-4, atol=1e-5)
+    t = torch.linspace(0, 1, 20)
+    torch.testing.assert_close(slerp(a, b, t), torch.cat([slerp(a[i:i + 1], b[i:i + 1], t[i].item()) for i in range(20)]))
+    torch.testing.assert_close(slerp(a, a, 0.3), a)
+    maps = lambda x: x.reshape(20, 1, 3, 3)
+    torch.testing.assert_close(slerp(maps(a), maps(b), t), maps(slerp(a, b, t)))
+
+
+class Linear(torch.nn.Module):
+    "Features that are a fixed linear map of the pixels."
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(matrix)
+
+    def forward(self, images):
+        return images.float().flatten(1) @ self.matrix
+
+
+def test_the_path_length_of_a_linear_generator_is_known():
+    "On a sphere of radius r an arc of angle ω has speed r ω; pixels scale it by 127.5 and an orthogonal map keeps it."
+    a, b = (0.5 * torch.nn.functional.normalize(cloud(400, dim=12, seed=s), dim=1) for s in (0, 1))
+    omega = torch.acos(torch.nn.functional.cosine_similarity(a.double(), b.double()))
+    orthogonal, _ = torch.linalg.qr(cloud(12, dim=12, seed=2))
+    network, draw = Linear(orthogonal), lambda z: z.reshape(-1, 3, 2, 2)
+    want = (127.5 * 0.5 * omega).square().mean().item()
+    assert path_length(draw, a, b, network, batch_size=150) == pytest.approx(want, rel=1e-3)
+    rounded = lambda z: draw(z).mul(127.5).round().div(127.5)
+    assert path_length(rounded, a, b, network) > 1.1 * want  # what rounding to bytes would add
+
+
+def test_the_path_length_sees_jumps_and_repeats_itself(shipped):
+    smooth = lambda z: torch.tanh(z[:, :3, None, None]).expand(-1, 3, 32, 32)
+    jumps = lambda z: torch.tanh(4 * z[:, :3]).mul(2).round().div(2)[:, :, None, None].expand(-1, 3, 32, 32)
+    a, b = cloud(100), cloud(100, seed=1)
+    assert path_length(smooth, a, a, shipped) < 1e-3 < path_length(smooth, a, b, shipped) < path_length(jumps, a, b, shipped)
+    first, again, other = (path_length(smooth, a, b, shipped, generator=g) for g in (None, generator(0), generator(1)))
+    assert first == again != other
+
+
+def test_factors_written_into_the_code_are_read_and_others_are_not():
+    factors = shapes_factors(np.arange(600))
+    shape, hue, size = factors[:, 0], 2 * np.pi * factors[:, 1], factors[:, 2]
+    noise = cloud(600, dim=3).numpy()
+    code = np.stack([np.cos(hue), np.sin(hue), size, shape == 0, shape == 1, *noise.T], axis=1)
+    code = torch.from_numpy(code @ np.random.default_rng(0).normal(size=(8, 8))).float()
+    found = linear_readout(code[:400], factors[:400], code[400:], factors[400:])
+    assert found["shape"] == 1 and min(found["hue"], found["size"]) > 0.999
+    assert max(abs(found[name]) for name in ("x", "y", "rotation", "ground", "grain")) < 0.1
+
+
+def test_the_readout_is_the_share_of_variance_that_least_squares_explains():
+    factors = shapes_factors(np.arange(800))
+    code = torch.from_numpy(factors[:, [2, 3, 6]]) + 0.03 * cloud(800, dim=3)
+    found = linear_readout(code[:500], factors[:500], code[500:], torch.from_numpy(factors[500:]))
+    design = np.concatenate([code.double().numpy(), np.ones((800, 1))], axis=1)
+    for name, target in (("size", factors[:, 2:3]), ("x", factors[:, 3:4]),
+                         ("ground", np.stack([np.cos(2 * np.pi * factors[:, 6]), np.sin(2 * np.pi * factors[:, 6])], axis=1))):
+        weights = np.linalg.lstsq(design[:500], target[:500], rcond=None)[0]
+        left = ((target[500:] - design[500:] @ weights)**2).sum() / ((target[500:] - target[500:].mean(axis=0))**2).sum()
+        assert 0.1 < 1 - left < 0.99 and found[name] == pytest.approx(1 - left, abs=0.005), name
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, network, reference, want", [
+    ("FD", "cifar", "held-out", "FD (cifar)"), ("FD", "cifar", "training set", "FD (cifar) to training set"),
+    ("KID", "faces", "held-out", "KID (faces)"), ("class score", "cifar", None, "class score (cifar)"),
+    ("FD", "inception", "training set", "FID"), ("FD", "inception", "held-out", "FID to held-out"),
+    ("FD", "inception", None, "FID"), ("KID", "inception", "held-out", "KID"), ("class score", "inception", None, "IS"),
+    ("precision", "inception", "held-out", "precision (inception)"), ("FD", "inception-1a2b3c4d", None, "FD (inception-1a2b3c4d)"),
+    ("high-frequency power", "cifar", "held-out", "high-frequency power"), ("recall", Plain(), None, "recall (plain)")])
+def test_only_inception_measures_fid_and_is(kind, network, reference, want):
+    assert metric_name(kind, network, reference) == want
+
+
+def entries(sampled, references, network):
+    return {name: (m["value"], m["reference"]) for name, m in compare(sampled, references, network).items()}
+
+
+def test_a_comparison_says_what_was_compared_with_what():
+    network = WithClasses()
+    sampled, held_out, train = (describe(network, shapes(n, start)) for n, start in ((40, 0), (60, 1000), (90, 5000)))
+    found = compare(sampled, {"held-out": held_out, "training set": train}, network)
+    features = lambda n: (sampled.features[:n], held_out.features[:n])
+    want = {
+        "FD (plain)": (frechet_distance(sampled.features, held_out.features), "held-out, 60 images"),
+        "FD (plain) to training set": (frechet_distance(sampled.features, train.features), "training set, 90 images"),
+        "KID (plain)": (kernel_distance(sampled.features, held_out.features), "held-out, 60 images"),
+        "class score (plain)": (inception_score(sampled.logits), None),
+        **{f"{name} (plain)": (value, "held-out, 40 images") for name, value in
+           {**precision_recall(*features(40)), **density_coverage(*features(40))}.items()},
+        "diversity (plain)": (diversity(sampled.features, held_out.features), "held-out, 60 images"),
+        "high-frequency power": ((high_frequency_power(shapes(40).tensor()).mean()
+                                  / high_frequency_power(shapes(60, 1000).tensor()).mean()).item(), "held-out, 60 images")}
+    assert found.keys() == want.keys() and json.loads(json.dumps(found, allow_nan=False)) == found
+    for name, (value, reference) in want.items():
+        seen = (None, None) if name == "high-frequency power" else ("plain", found["FD (plain)"]["hash"])
+        assert found[name] == {"value": pytest.approx(value, rel=1e-4), "reference": reference, "feature_network": seen[0],
+                               "hash": seen[1]}, name
+    with torch.no_grad():
+        network.scale.mul_(2)
+    assert compare(sampled, {"held-out": held_out}, network)["FD (plain)"]["hash"] != found["FD (plain)"]["hash"]
+
+
+def test_a_comparison_without_held_out_images_names_what_it_used(network):
+    sampled, train = (describe(network, shapes(20, start)) for start in (0, 1000))
+    names = compare(sampled, {"training set": train}, network).keys()
+    assert {"FD (shapes) to training set", "KID (shapes) to training set", "class score (shapes)"} <= names
+    assert all(name.endswith("training set") for name in names if not name.startswith("class score"))
+
+
+def test_sets_that_are_too_small_are_refused(network):
+    empty, few = ImageStatistics(network), describe(network, shapes(5))
+    for sampled, reference in ((empty, few), (few, describe(network, shapes(30))), (describe(network, shapes(30)), few)):
+        with complains(f"{len(sampled)} images", "six"):
+            measure(sampled, reference)
+
+
+@pytest.fixture(scope="module")
+def held_out(shipped):
+    return describe(shipped, shapes(600, 10_000))
+
+
+def measured(images, network, held_out):
+    return measure(describe(network, images.to(torch.uint8)), held_out)
+
+
+def rising(levels, kind):
+    values = [level[kind] for level in levels]
+    return all(b > a for a, b in zip(values, values[1:]))
+
+
+def falling(levels, kind):
+    return rising(levels[::-1], kind)
+
+
+@pytest.fixture(scope="module")
+def clean(shipped, held_out):
+    return measured(shapes(600).tensor(), shipped, held_out)
+
+
+def test_noise_costs_fidelity_and_adds_high_frequencies(shipped, held_out, clean):
+    images, noise = shapes(600).tensor().float(), torch.randn(600, 3, 32, 32, generator=generator())
+    levels = [clean, *(measured((images + std * noise).round().clamp(0, 255), shipped, held_out) for std in (10, 20, 40))]
+    assert all(rising(levels, kind) for kind in ("FD", "KID", "high-frequency power")), levels
+    assert all(falling(levels, kind) for kind in ("precision", "density", "coverage")), levels
+
+
+def test_blur_costs_fidelity_and_high_frequencies(shipped, held_out, clean):
+    images = shapes(600).tensor().float()
+    levels = [clean, *(measured(gaussian_blur(images, sigma).round(), shipped, held_out) for sigma in (0.7, 1.2, 2.0))]
+    assert all(rising(levels, kind) for kind in ("FD", "KID")), levels
+    assert all(falling(levels, kind) for kind in ("precision", "density", "coverage", "high-frequency power")), levels
+
+
+def test_dropped_modes_cost_recall_coverage_class_score_and_diversity_but_not_precision(shipped, held_out, clean):
+    pool = shapes(2_400)
+    without = lambda keep: torch.from_numpy(pool.images[keep][:600]).permute(0, 3, 1, 2)
+    shape, hue = pool.labels[:, 0], pool.labels[:, 1]
+    levels = [clean, *(measured(without(keep), shipped, held_out)
+                       for keep in (shape < 2, shape < 1, (shape < 1) & (hue < 0.4)))]
+    assert [len(without(keep)) for keep in (shape < 2, shape < 1)] == [600, 600]
+    assert all(falling(levels, kind) for kind in ("recall", "coverage", "diversity")), levels
+    assert falling(levels[:3], "class score") and levels[2]["class score"] == pytest.approx(1, abs=0.02)
+    assert all(rising(levels, kind) for kind in ("FD", "KID")) and levels[-1]["precision"] > 0.9, levels
+
+
+# --- Inception --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    "Random weights in the layout of the published file."
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    path = tmp_path_factory.mktemp("inception") / INCEPTION_FILE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.manual_seed(0)
+    for p in network.parameters():
+        if p.dim() == 4:
+            torch.nn.init.kaiming_normal_(p)
+    network.fc.weight.data.mul_(30)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "Images enlarged to 107 pixels instead of 299, an eighth of the work."
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 107)
+
+
+def test_inception_measures_what_torch_fidelity_measures(weights, small):
+    from torch_fidelity import calculate_metrics
+
+    sets = [shapes(24).tensor(), shapes(24, 1000).tensor()]
+    want = calculate_metrics(
+        input1=Images(sets[0]), input2=Images(sets[1]), cuda=False, isc=True, fid=True, kid=True, prc=True, verbose=False,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights), isc_splits=1, kid_subset_size=24,
+        kid_subsets=1, batch_size=12, save_cpu_ram=True, cache=False)
+    network = load_inception(weights)
+    sampled, reference = (describe(network, images, 12) for images in sets)
+    assert sampled.features.shape == (24, 2048) == (24, network.num_features) and sampled.logits.shape == (24, network.classes)
+    torch.testing.assert_close(network.logits(sets[0][:3]), sampled.logits[:3], rtol=1e-3, atol=1e-3)
+    found = measure(sampled, reference)
+    assert want["inception_score_mean"] > 1.1
+    assert inception_score(sampled.logits, splits=1) == pytest.approx(want["inception_score_mean"], rel=1e-4)
+    for ours, theirs in (("FD", "frechet_inception_distance"), ("KID", "kernel_inception_distance_mean"),
+                         ("precision", "precision"), ("recall", "recall")):
+        assert found[ours] == pytest.approx(want[theirs], rel=1e-3), ours
+    assert not any(name.startswith(("FID", "IS", "KID ")) for name in compare(sampled, {"held-out": reference}, network)
+                   if network.name not in name), "weights that are not Inception's are called so"
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+def test_numbers_are_called_fid_and_is_only_with_the_published_weights(weights, small, monkeypatch):
+    import hashlib
+
+    images = shapes(8).tensor()
+    other = load_inception(weights)
+    assert other.name == f"inception-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}"
+    monkeypatch.setattr("hybridvae.metrics.INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
+    monkeypatch.setenv("HYBRIDVAE_INCEPTION", str(weights))
+    network = load_inception()
+    assert network.name == "inception"
+    sets = {name: describe(network, images) for name in ("held-out", "training set")}
+    found = compare(describe(network, images), sets, network)
+    assert {"FID", "FID to held-out", "KID", "IS", "precision (inception)"} <= found.keys() and "FD (inception)" not in found
+    assert found["FID"]["reference"].startswith("training set") and found["FID to held-out"]["reference"].startswith("held-out")
+    with complains("uint8"):
+        network(images.float())
+
+
+def test_weights_that_cannot_be_had_or_used_are_one_sentence(weights, tmp_path, monkeypatch):
+    with complains(tmp_path / "none.pth", INCEPTION_FILE, "HYBRIDVAE_INCEPTION"):
+        load_inception(tmp_path / "none.pth")
+    whole, damaged = weights.read_bytes(), tmp_path / "damaged.pth"
+    for content in (whole[:len(whole) // 2], b"", b"<html>not found</html>"):
+        damaged.write_bytes(content)
+        with complains(damaged, INCEPTION_FILE):
+            load_inception(damaged)
+    for state in ({"fc.weight": torch.zeros(3)}, [1, 2], shapes):
+        torch.save(state, damaged) if state is not shapes else damaged.write_bytes(pickle.dumps(Plain))
+        with complains(damaged, INCEPTION_FILE):
+            load_inception(damaged)
+
+
+def test_without_a_network_or_torch_fidelity_the_sentence_says_what_to_do(tmp_path, monkeypatch):
+    from urllib.error import URLError
+
+    monkeypatch.delenv("HYBRIDVAE_INCEPTION", raising=False)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+
+    def unreachable(*args, **kwargs):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("torch.hub.urlopen", unreachable)
+    with complains("weights-inception-2015-12-05-6726825d.pth", "HYBRIDVAE_INCEPTION", "could not be downloaded"):
+        load_inception()
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with complains("torch-fidelity", "pip install"):
+        load_inception()
 
 
 # --- work ----------------------------------------------------------------------------------------------------
