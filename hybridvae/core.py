@@ -368,7 +368,7 @@ PRESETS = {
         "train_features": {"kimg": 120, "batch_size": 64, "lr": 2e-3},
         "train_vae": {"kimg": 80, "batch_size": 64, "lr": 2e-3},
         "train": {"kimg": 40, "batch_size": 32, "lr": 2e-3},
-        "n": 2_000, "n_curve": 500, "n_ancestral": 500, "n_study": 500,  # images in an evaluation, see `runs`
+        "n": 2_000, "n_curve": 250, "n_ancestral": 250, "n_study": 250,  # images in an evaluation, see `runs`
         "batch": 250,  # images sampled at a time
         "parameters": 0.84e6,  # of the U-Net, about
     },

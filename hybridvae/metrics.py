@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INCEPTION_FILE', 'INCEPTION_SHA256', 'INCEPTION_NAMES', 'NEIGHBOUR_IMAGES', 'EQUAL_NUMBERS', 'DEGRADATIONS',
-           'ImageStatistics', 'describe', 'extract', 'frechet_distance', 'kernel_distance', 'inception_score',
-           'precision_recall', 'density_coverage', 'diversity', 'high_frequency_power', 'power_spectrum',
+           'high_frequency_power', 'power_spectrum', 'ImageStatistics', 'describe', 'extract', 'frechet_distance',
+           'kernel_distance', 'inception_score', 'precision_recall', 'density_coverage', 'diversity',
            'InceptionNetwork', 'load_inception', 'metric_name', 'measure', 'compare', 'distance_scale',
            'distance_floors', 'slerp', 'path_length', 'linear_readout', 'count_flops']
 
@@ -28,6 +28,32 @@ from .data import FACTORS, ImageData
 from .features import gaussian_blur
 
 # %% ../nbs/00h_metrics.ipynb #cell-007
+def _power(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "Power of the luminance in [0, 1] at each frequency, (N, H, W), and the frequencies' lengths in cycles per pixel, (H, W)."
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device) / 255  # of red, green and blue, ITU-R BT.601
+    luminance = torch.einsum("nchw,c->nhw", images.float(), weights)
+    down, right = (torch.fft.fftfreq(size, device=images.device) for size in images.shape[2:])
+    power = torch.fft.fft2(luminance - luminance.mean(dim=(1, 2), keepdim=True), norm="ortho").abs().square()
+    return power, (down[:, None].square() + right.square()).sqrt()
+
+
+def high_frequency_power(images: torch.Tensor) -> torch.Tensor:
+    """Mean power (N,) of the luminance of uint8 images (N, 3, H, W) at frequencies beyond half of Nyquist's.
+
+    The luminance is in [0, 1], its mean removed; beyond means longer than 1/4 cycle per pixel, in any direction, the corners
+    included. For white noise this is the variance of a pixel.
+    """
+    power, frequency = _power(images)
+    return power[:, frequency > 0.25].mean(dim=1)
+
+
+def power_spectrum(images: torch.Tensor) -> torch.Tensor:
+    "Mean power by whole cycles per image, 1 ... H/2 (Nyquist's): (H // 2,), of uint8 images (N, 3, H, H); units as above."
+    power, frequency = _power(images)
+    ring, power = (frequency * images.shape[2]).round().long(), power.mean(dim=0)
+    return torch.stack([power[ring == r].mean() for r in range(1, images.shape[2] // 2 + 1)])
+
+# %% ../nbs/00h_metrics.ipynb #cell-011
 def _both(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     "Features and, where the network has classes, logits of images: in one pass where the network can."
     if hasattr(network, "both"):
@@ -59,7 +85,8 @@ class ImageStatistics:
                                  "give uint8 (B, 3, H, W), made with `to_uint8`.")
         images = images.to(next(self.network.parameters()).device)
         features, logits = _both(self.network, images)
-        for name, value in {"features": features, "logits": logits, "high_frequency": high_frequency_power(images)}.items():
+        found = {"features": features, "logits": logits, "high_frequency": high_frequency_power(images)}
+        for name, value in found.items():
             if value is not None:
                 self._parts[name].append(value.float().cpu())
 
@@ -106,7 +133,7 @@ def extract(network: nn.Module, images: torch.Tensor, batch_size: int = 500) -> 
     device = next(network.parameters()).device
     return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
 
-# %% ../nbs/00h_metrics.ipynb #cell-009
+# %% ../nbs/00h_metrics.ipynb #cell-014
 class _Identity(nn.Module):
     "Features in, features out: torchmetrics' feature extractor where the features are there already."
 
@@ -127,7 +154,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     metric.update(features.double(), real=False)
     return metric.compute().item()
 
-# %% ../nbs/00h_metrics.ipynb #cell-013
+# %% ../nbs/00h_metrics.ipynb #cell-018
 def _computed(metric: type, num_features: int, seed: int, updates: list[tuple], **options) -> float:
     "What a torchmetrics metric finds that draws from the global generator: seeded, and the generator left as it was."
     with warnings.catch_warnings(action="ignore", category=UserWarning), torch.random.fork_rng(devices=[]):
@@ -154,7 +181,7 @@ def kernel_distance(
     return _computed(KernelInceptionDistance, features.shape[1], seed, [(reference.double(), True), (features.double(), False)],
                      subsets=subsets, subset_size=min(subset_size, len(features), len(reference)))
 
-# %% ../nbs/00h_metrics.ipynb #cell-015
+# %% ../nbs/00h_metrics.ipynb #cell-022
 def inception_score(
     logits: torch.Tensor,  # (N, K)
     splits: int = 10,  # the mean of so many parts' scores, as published
@@ -169,7 +196,7 @@ def inception_score(
     logits = logits.double().log_softmax(dim=1).clamp(min=-700)  # else a class that no image has gives 0 · log 0
     return _computed(InceptionScore, logits.shape[1], seed, [(logits,)], splits=splits)
 
-# %% ../nbs/00h_metrics.ipynb #cell-017
+# %% ../nbs/00h_metrics.ipynb #cell-025
 def _distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]:
     "Euclidean distances (N, M), 1,000 rows at a time; from differences, since |a|² + |b|² - 2a·b cancels in float32."
     for rows in a.split(1_000):
@@ -208,7 +235,7 @@ def density_coverage(sampled: torch.Tensor, reference: torch.Tensor, k: int = 5)
         balls, covered = balls + inside.sum().item(), covered | inside.any(dim=0)
     return {"density": balls / (k * len(sampled)), "coverage": covered.float().mean().item()}
 
-# %% ../nbs/00h_metrics.ipynb #cell-019
+# %% ../nbs/00h_metrics.ipynb #cell-029
 def diversity(
     features: torch.Tensor,  # (N, F)
     reference: torch.Tensor,  # (M, F)
@@ -224,33 +251,7 @@ def diversity(
 
     return mean_distance(features) / mean_distance(reference)
 
-# %% ../nbs/00h_metrics.ipynb #cell-021
-def _power(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "Power of the luminance in [0, 1] at each frequency, (N, H, W), and the frequencies' lengths in cycles per pixel, (H, W)."
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device) / 255  # of red, green and blue, ITU-R BT.601
-    luminance = torch.einsum("nchw,c->nhw", images.float(), weights)
-    down, right = (torch.fft.fftfreq(size, device=images.device) for size in images.shape[2:])
-    power = torch.fft.fft2(luminance - luminance.mean(dim=(1, 2), keepdim=True), norm="ortho").abs().square()
-    return power, (down[:, None].square() + right.square()).sqrt()
-
-
-def high_frequency_power(images: torch.Tensor) -> torch.Tensor:
-    """Mean power (N,) of the luminance of uint8 images (N, 3, H, W) at frequencies beyond half of Nyquist's.
-
-    The luminance is in [0, 1], its mean removed; beyond means longer than 1/4 cycle per pixel, in any direction, the corners
-    included. For white noise this is the variance of a pixel.
-    """
-    power, frequency = _power(images)
-    return power[:, frequency > 0.25].mean(dim=1)
-
-
-def power_spectrum(images: torch.Tensor) -> torch.Tensor:
-    "Mean power by whole cycles per image, 1 ... H/2 (Nyquist's): (H // 2,), of uint8 images (N, 3, H, H); units as above."
-    power, frequency = _power(images)
-    ring, power = (frequency * images.shape[2]).round().long(), power.mean(dim=0)
-    return torch.stack([power[ring == r].mean() for r in range(1, images.shape[2] // 2 + 1)])
-
-# %% ../nbs/00h_metrics.ipynb #cell-023
+# %% ../nbs/00h_metrics.ipynb #cell-032
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
@@ -328,10 +329,11 @@ def load_inception(
         name = "inception" if digest == INCEPTION_SHA256 else f"inception-{digest[:8]}"
         return InceptionNetwork(file, name).to(device)
     except (OSError, EOFError, UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HybridVAEError(f"{file} does not hold Inception's weights ({str(error).splitlines()[0]}): remove it and fetch "
-                             f"{INCEPTION_FILE} again.") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise HybridVAEError(f"{file} does not hold Inception's weights ({reason}): remove it and fetch {INCEPTION_FILE} "
+                             "again.") from error
 
-# %% ../nbs/00h_metrics.ipynb #cell-025
+# %% ../nbs/00h_metrics.ipynb #cell-034
 INCEPTION_NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}
 NEIGHBOUR_IMAGES = 10_000  # precision, recall, density and coverage look at the first so many of both sets
 EQUAL_NUMBERS = ("precision", "recall", "density", "coverage")
@@ -399,7 +401,7 @@ def compare(
         entry |= {"feature_network": network.name if seen else None, "hash": digest if seen else None}
     return metrics
 
-# %% ../nbs/00h_metrics.ipynb #cell-027
+# %% ../nbs/00h_metrics.ipynb #cell-041
 def _jpeg(images: torch.Tensor, quality: int) -> torch.Tensor:
     from PIL import Image
 
@@ -465,7 +467,7 @@ def distance_floors(
     by_group = {name: floors(np.arange(len(train))[index]) for name, index in (groups or {}).items()}
     return floors(np.arange(len(train))) | ({"groups": by_group} if groups else {})
 
-# %% ../nbs/00h_metrics.ipynb #cell-034
+# %% ../nbs/00h_metrics.ipynb #cell-047
 def slerp(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
     """Spherical interpolation from codes a (B, ...) at t = 0 to b at t = 1; t a number or (B,): Shoemake 1985.
 
@@ -506,7 +508,7 @@ def path_length(
                for a, b, start in zip(codes_a.split(batch_size), codes_b.split(batch_size), t.split(batch_size))]
     return torch.cat(squares).mean().item()
 
-# %% ../nbs/00h_metrics.ipynb #cell-036
+# %% ../nbs/00h_metrics.ipynb #cell-051
 def linear_readout(
     codes: torch.Tensor,  # (N, D), latent codes of images
     factors: torch.Tensor | np.ndarray,  # (N, 8), their factors, columns as in `FACTORS`
@@ -515,10 +517,10 @@ def linear_readout(
 ) -> dict[str, float]:
     """How well Shapes' factors can be read linearly off the codes, on held-out images, by factor.
 
-    The shape: accuracy of a multinomial logistic regression. All others: R² of a ridge regression, 1 for perfect, 0 for the
-    mean; hue and ground as the pair of cosine and sine, since they are angles.
+    The shape: accuracy of a multinomial logistic regression. All others: R² of a linear regression, 1 for perfect, 0 for the
+    mean; hue and ground as the pair of cosine and sine, since they are angles. N should be many times D.
     """
-    from sklearn.linear_model import LogisticRegression, RidgeCV
+    from sklearn.linear_model import LinearRegression, LogisticRegression
     from sklearn.metrics import r2_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -530,16 +532,15 @@ def linear_readout(
 
     def score(name):
         seen, held = targets(factors, name), targets(held_factors, name)
-        model = LogisticRegression(max_iter=1_000) if name == "shape" else RidgeCV()
-        model = make_pipeline(StandardScaler(), model).fit(x, seen)
         if name == "shape":
-            return float(model.score(held_x, held))
+            return float(make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000)).fit(x, seen).score(held_x, held))
+        model = LinearRegression().fit(x, seen)
         return float(r2_score(held, model.predict(held_x), multioutput="variance_weighted"))
 
     x, held_x = (c.detach().flatten(1).double().cpu().numpy() for c in (codes, held_codes))
     return {name: score(name) for name in FACTORS}
 
-# %% ../nbs/00h_metrics.ipynb #cell-038
+# %% ../nbs/00h_metrics.ipynb #cell-054
 def count_flops(function: Callable, *args) -> int:
     "Floating-point operations of `function(*args)`, 2 per multiply-add; element-wise work is not counted."
     from torch.utils.flop_counter import FlopCounterMode

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'STUDIES', 'Entry', 'evaluate', 'Material', 'study', 'find_entry', 'recorded', 'run_entry',
-           'results_folder', 'record_roots', 'all_records', 'grid_of']
+           'results_folder', 'record_roots', 'all_records', 'grid_of', 'evaluation_of', 'metric_over_seeds',
+           'results_table', 'mean_and_spread', 'beyond_spread']
 
 # %% ../nbs/00i_runs.ipynb #cell-002
 import dataclasses
@@ -200,14 +201,11 @@ class _Job:
     clock: _Clock
     cpu: bool
     progress: bool
-    loaded: tuple | None = None
 
     def data(self, entry: Entry) -> tuple[ImageData, ImageData]:
-        "Training and held-out images; the last ones asked for are kept."
-        key = (entry.dataset, entry.subset)
-        if self.loaded is None or self.loaded[0] != key:
-            self.loaded = key, (load_data(entry.dataset, "train", entry.subset), load_data(entry.dataset, "test"))
-        return self.loaded[1]
+        "Training and held-out images."
+        make = lambda: (load_data(entry.dataset, "train", entry.subset), load_data(entry.dataset, "test"))
+        return _kept("data", (entry.dataset, entry.subset, os.environ.get("HYBRIDVAE_DATA")), make)
 
     def say(self, text: str) -> None:
         self.progress and print(text, flush=True)
@@ -276,7 +274,8 @@ class _Job:
         model.to(device, memory_format=torch.channels_last).eval()
         data, test = self.data(entry)
         networks = self.measuring(entry, device)
-        references = [{"held-out": describe(n, test), "training set": describe(n, data)} for n in networks]
+        seen = lambda network: {"held-out": describe(network, test), "training set": describe(network, data)}
+        references = [_kept(f"seen by {i}", (id(data), weights_hash(network)), lambda: seen(network)) for i, network in enumerate(networks)]
         if trained["compiled"]:
             compile_networks(model)
         done = _Progress(entry, self.runs)
@@ -322,6 +321,16 @@ class _Job:
             path = record_path(self.runs, vars(entry))
             path = path.with_name(path.stem + (name and f"-{name}") + (".png" if model.image_shape[-1] < 64 else ".jpg"))
             save_grid(images, path, columns=side)
+
+
+_LAST: dict[str, tuple] = {}
+
+
+def _kept(kind: str, key: tuple, make: Callable):
+    "What `make` returns, or the same as last time if the key is the same: entries of a campaign share data and references."
+    if _LAST.get(kind, (None,))[0] != key:
+        _LAST[kind] = key, make()
+    return _LAST[kind][1]
 
 
 def _measured_by(device) -> dict:
@@ -375,3 +384,60 @@ def grid_of(record: dict, kind: str = "") -> Path | None:
     "The picture of samples beside a record, if there is one; kind \"pairs\": x̂ above its refinement."
     stems = [record_path(root, record).with_suffix("").as_posix() + (kind and f"-{kind}") for root in reversed(record_roots())]
     return next((p for p in (Path(stem + suffix) for stem in stems for suffix in (".png", ".jpg")) if p.exists()), None)
+
+# %% ../nbs/00i_runs.ipynb #cell-026
+def evaluation_of(record: dict, **asked) -> dict | None:
+    "The evaluation that was made with these options and with no others (`sampler`, `steps`, `n`, `prior`, ...; n may be left out)."
+    for evaluation in record["evaluations"]:
+        options = _asked(evaluation)
+        if "n" not in asked:
+            options.pop("n")
+        if options == asked:
+            return evaluation
+    return None
+
+
+def metric_over_seeds(records: list[dict], experiment: str, metric: str, **asked) -> list[float]:
+    "Values of a metric in an experiment's records, by seed; `seconds_per_image` is one too."
+    found = []
+    for record in sorted((r for r in records if r["experiment"] == experiment), key=lambda r: r["seed"]):
+        evaluation = evaluation_of(record, **({"sampler": None, "steps": 1} | {k: v for k, v in asked.items() if k not in ("sampler", "steps")}
+                                              if record["config"]["model"]["model"] == "VAE" else asked))
+        if evaluation:
+            values = {"seconds_per_image": evaluation["seconds_per_image"], **{k: m["value"] for k, m in evaluation["metrics"].items()}}
+            found += [values[metric]] if metric in values else []
+    return found
+
+
+def results_table(records: list[dict], kinds: tuple = ("FD", "KID", "class score", "precision", "recall", "density", "coverage")):
+    """A pandas table of the main evaluation, one row for each experiment: metrics by kind, time, steps, n and number of seeds.
+
+    Raises `HybridVAEError` where two records of an experiment were measured by different networks.
+    """
+    import pandas as pd
+
+    rows = {}
+    for experiment in dict.fromkeys(r["experiment"] for r in records if r["evaluations"]):
+        own = [r["evaluations"][0] for r in records if r["experiment"] == experiment]
+        if len({m["hash"] for e in own for m in e["metrics"].values() if m["hash"] and m["feature_network"] != "inception"}) > 1:
+            raise HybridVAEError(f"the records of {experiment} were measured by different feature networks: evaluate them again.")
+        names = [name for kind in kinds for name in own[0]["metrics"] if name == kind or name.startswith(f"{kind} (") and " to " not in name]
+        row = {name: mean_and_spread([e["metrics"][name]["value"] for e in own]) for name in names}
+        row["ms per image"] = mean_and_spread([1000 * e["seconds_per_image"] for e in own])
+        rows[experiment] = row | {"NFE": own[0]["nfe"], "n": f"{own[0]['n']:,}", "seeds": len(own)}
+    return pd.DataFrame(rows).T
+
+
+def mean_and_spread(values: list[float], digits: int = 2) -> str:
+    "Mean ± standard deviation over seeds; a single value as it is."
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:,.{digits}f}"
+    return f"{mean:,.{digits}f} ± {(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5:,.{digits}f}"
+
+
+def beyond_spread(a: list[float], b: list[float]) -> bool | None:
+    "Whether every value of one list is below every value of the other; None with fewer than three seeds in either: no claim."
+    if min(len(a), len(b)) < 3:
+        return None
+    return max(a) < min(b) or max(b) < min(a)

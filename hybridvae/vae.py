@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from .core import Draws, Model, to_float
+from .core import Draws, Model, to_float, weights_hash
 from .priors import StandardNormal, fit_mixture
 
 # %% ../nbs/00d_vae.ipynb #cell-006
@@ -111,6 +111,7 @@ class VAE(Model):
         self.config = {"model": "VAE", **shape, "sigma": sigma, "beta": beta}
         self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
         self.prior = StandardNormal(z_dim)
+        self._mixtures = {}  # priors fitted afterwards, kept for these weights; no part of the model
         self.z_dim, self.image_shape, self.sigma, self.beta = z_dim, (channels, image_size, image_size), sigma, beta
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +165,7 @@ class VAE(Model):
         return [self.encoder, self.decoder]
 
     @torch.no_grad()
-    def codes(self, data, n: int = 20_000, seed: int = 0) -> torch.Tensor:
+    def codes(self, data, n: int = 10_000, seed: int = 0) -> torch.Tensor:
         "Codes (n, z_dim) drawn from q(z|x) of the first n images of an `ImageData`: what a prior is fitted to."
         draws, found = Draws(seed, 0, device=self.device), []
         for images in data.first(min(n, len(data))).batches(500):
@@ -176,5 +177,8 @@ class VAE(Model):
         "`prior: \"ex-pde\"` becomes a mixture fitted to the codes of the training images (Pandey et al. 2022, section 4)."
         if options.get("prior") != "ex-pde":
             return options
-        codes = self.codes(data)
-        return options | {"prior": fit_mixture(codes, min(50, len(codes) // 10), seed)}
+        key = (weights_hash(self), data.name, len(data), seed)
+        if key not in self._mixtures:
+            codes = self.codes(data)
+            self._mixtures = {key: fit_mixture(codes, min(50, len(codes) // 10), seed)}
+        return options | {"prior": self._mixtures[key]}

@@ -134,7 +134,7 @@ def test_the_crop_is_the_middle_and_is_antialiased(source, tmp_path):
     middle = (np.arange(64) + 0.5) * 148 / 64 - 0.5  # of the new pixels, in pixels of the square
     for seen, first in ((image[32, :, 0], 15), (image[:, 32, 1], 35)):  # red counts the columns of the original, green its rows
         error = seen - (first + middle)
-        assert abs(error.mean()) < 0.2 and abs(error).max() < 1.5
+        assert abs(error.mean()) < 0.2 and abs(error).max() < 3
     stripes = np.zeros((218, 178, 3), np.uint8)
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
@@ -149,7 +149,7 @@ def test_celeba_256_is_enlarged_and_says_so(source, tmp_path):
                   "enlarged from 148 to 256 pixels", "not CelebA-HQ"):
         assert words in part.description
     error = part.images[0][128, :, 0] - (15 + (np.arange(256) + 0.5) * 148 / 256 - 0.5)
-    assert abs(error.mean()) < 0.2 and abs(error).max() < 1.5
+    assert abs(error.mean()) < 0.2 and abs(error).max() < 3
 
 
 def test_official_files_on_disk_need_no_download(source, tmp_path):
@@ -484,6 +484,13 @@ def test_every_kth_image_is_held_out_and_always_one(album, root, heldout, test):
     prepare_folder(album, "few", 32, heldout=heldout)
     assert reds(load_data("few", "test")) == test
     assert reds(load_data("few")) == [i for i in range(6) if i not in test]
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(album, root, monkeypatch, source):
+    monkeypatch.setenv("HOME", str(album.parent))
+    prepare_folder("~/album", "home", 32)
+    prepare_celeba(64, root, source="~/official")
+    assert prepared_names() == ["home"] and len(load_data("celeba64")) == len(TRAIN)
 
 
 def test_two_images_are_enough(album, root):

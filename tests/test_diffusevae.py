@@ -1,10 +1,18 @@
-"""DiffuseVAE: the two forms and their equivalence, what the condition and the code do, and the frozen VAE."""
+"""DiffuseVAE: the two forms, what condition and code do, dropped conditions and guidance, the frozen VAE, and the studies."""
+import json
+import math
+
+import numpy as np
 import pytest
 import torch
-from conftest import generator, randomised
-from hybridvae.core import Draws, load_model, save_model
+from conftest import complains, generator, randomised
+from hybridvae.core import Draws, config_hash, load_model, save_model, to_uint8
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
-from hybridvae.diffusevae import DiffuseVAE, convert_form
+from hybridvae.diffusevae import DiffuseVAE, attribute_direction, convert_form, experiments
+from hybridvae.features import FeatureNetwork
+from hybridvae.metrics import describe, slerp
+from hybridvae.priors import GaussianMixture
+from hybridvae.runs import STUDIES, Material
 from hybridvae.training import Average, TrainConfig, train
 from hybridvae.vae import VAE
 from safetensors.torch import load_file
@@ -25,9 +33,10 @@ def double_precision(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def model(form=1, z_guidance=False, concat=True, unet=None, diffusion=None):
+def model(form=1, z_guidance=False, concat=True, unet=None, diffusion=None, cond_dropout=0.0):
     "A DiffuseVAE with random weights."
-    return randomised(DiffuseVAE(VAE_CONFIG, {**UNET, **(unet or {})}, diffusion, form, z_guidance, concat), scale=0.3)
+    m = DiffuseVAE(VAE_CONFIG, {**UNET, **(unet or {})}, diffusion, form, z_guidance, concat, cond_dropout)
+    return randomised(m, scale=0.3)
 
 
 def with_weights_of(other, **changes):
@@ -226,11 +235,15 @@ def test_pairs_are_a_decoded_draw_of_the_prior_and_its_refinement():
     assert torch.equal(x, m.sample(3, steps=4, generator=generator(7)))
 
 
-def test_the_grid_beside_a_record_shows_coarse_images_above_their_refinements():
+@pytest.mark.parametrize("n, side", [(100, 10), (25, 5)])
+def test_pictures_beside_a_record_are_samples_and_rows_of_coarse_images_above_their_refinements(n, side):
     m = model(1)
-    x_hat, x = m.sample_pairs(32, sampler="ddim", steps=2, generator=generator(7))
-    rows = m.showcase(generator(7), "ddim", 2).reshape(8, 8, 3, 16, 16)
-    assert torch.equal(rows[0::2].flatten(0, 1), x_hat) and torch.equal(rows[1::2].flatten(0, 1), x)
+    x_hat, x = m.sample_pairs(n, sampler="ddim", steps=2, generator=generator(7))
+    shown = m.showcase(n, generator(7), sampler="ddim", steps=2)
+    assert set(shown) == {"", "pairs"} and torch.equal(shown[""], x)
+    rows = shown["pairs"].reshape(-1, side, 3, 16, 16)  # as a grid of that many columns shows them
+    half = side * len(rows) // 2
+    assert half >= side and torch.equal(rows[0::2].flatten(0, 1), x_hat[:half]) and torch.equal(rows[1::2].flatten(0, 1), x[:half])
 
 
 @pytest.mark.parametrize("form", [1, 2])
@@ -240,6 +253,156 @@ def test_sampling_starts_at_the_noise_the_form_says(form):
     m.refine(x_hat, steps=2, generator=generator(3))
     noise = torch.randn(x_hat.shape, generator=generator(3))
     torch.testing.assert_close(seen[0], noise + (x_hat if form == 2 else 0))  # N(x̂, I) or N(0, I)
+
+
+class FixedPrior:
+    "Always the same codes."
+
+    def sample(self, n, generator=None):
+        return codes(n, seed=11)
+
+
+def test_a_prior_that_is_given_replaces_the_models_own():
+    m = model(2, z_guidance=True)
+    x_hat, x = m.sample_pairs(3, prior=FixedPrior(), steps=2, generator=generator(7))
+    assert torch.equal(x_hat, m.vae.decode(codes(3, seed=11)))
+    assert torch.equal(x, m.refine(x_hat, codes(3, seed=11), steps=2, generator=generator(7)))
+    assert torch.equal(x, m.sample(3, prior=FixedPrior(), steps=2, generator=generator(7)))
+    assert torch.equal(m.vae.sample(3, prior=FixedPrior()), m.vae.decode(codes(3, seed=11)).clamp(-1, 1))
+    assert not torch.equal(x, m.sample(3, steps=2, generator=generator(7)))
+
+
+def test_ex_pde_is_a_mixture_fitted_to_codes_of_the_training_images():
+    m = model(1)
+    options = m.sampling_options({"prior": "ex-pde", "steps": 2}, shapes(60))
+    assert options["steps"] == 2 and isinstance(options["prior"], GaussianMixture)
+    mu = m.vae.encode(shapes(60).float())[0]
+    drawn = options["prior"].sample(2000, generator())
+    assert ((drawn.mean(dim=0) - mu.mean(dim=0)).abs() < 0.5 * m.vae.codes(shapes(60)).std(dim=0)).all()
+    assert m.sampling_options({"steps": 2}, None) == {"steps": 2}
+
+
+@pytest.mark.parametrize("form", [1, 2])
+def test_a_reconstruction_refines_the_image_decoded_from_the_mean_code(form):
+    m, x = model(form, z_guidance=True), images()
+    x_hat, again = m.reconstruct(x, steps=3, generator=generator(5))
+    assert torch.equal(x_hat, m.vae.reconstruct(x))
+    assert torch.equal(again, m.refine(x_hat, m.vae.encode(x)[0], steps=3, generator=generator(5)))
+
+
+@pytest.mark.parametrize("form", [1, 2])
+def test_a_path_of_codes_keeps_the_noise_and_a_path_of_noises_keeps_the_coarse_image(form):
+    m, noise = model(form, z_guidance=True), torch.randn(2, 3, 16, 16, generator=generator(9))
+    ends = codes(2)
+    path = slerp(ends[:1].expand(5, -1), ends[1:].expand(5, -1), torch.linspace(0, 1, 5))
+    x_hat, x = m.interpolate(path, noise[:1], steps=3)
+    torch.testing.assert_close(x_hat[[0, 4]], m.vae.decode(ends))
+    want = m.refine(m.vae.decode(ends), ends, noise=noise[:1].expand(2, -1, -1, -1), steps=3)
+    torch.testing.assert_close(x[[0, 4]], want)
+    assert (x[0] - x[2]).abs().mean() > 1e-3
+    noises = slerp(noise[:1].expand(5, -1, -1, -1), noise[1:].expand(5, -1, -1, -1), torch.linspace(0, 1, 5))
+    x_hat, x = m.interpolate(ends[:1], noises, steps=3)
+    torch.testing.assert_close(x_hat, x_hat[:1].expand_as(x_hat))
+    want = m.refine(x_hat[:2], ends[:1].expand(2, -1), noise=noise, steps=3)
+    torch.testing.assert_close(x[[0, 4]], want)
+    assert (x[0] - x[2]).abs().mean() > 1e-3
+
+
+# --- dropped conditions and guidance --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_the_named_share_of_images_is_trained_on_without_condition_code_and_shift(form, share):
+    n, m, seen = 400, model(form, z_guidance=True, cond_dropout=share), {}
+    x, x_hat, z = images(n), 1 + images(n, seed=5).abs(), 1 + codes(n).abs()
+    m.condition = lambda x, draws: (x_hat, z)
+    m.unet.forward = lambda x_t, t, cond, z: seen.update(x_t=x_t, cond=cond, z=z) or x_t
+    q_sample = m.diffusion.q_sample
+
+    def spy(x0, t, eps, shift=None):
+        seen["unshifted"] = q_sample(x0, t, eps)
+        return q_sample(x0, t, eps, shift)
+    m.diffusion.q_sample = spy
+    loss(m, x)
+    dropped = seen["cond"].abs().amax(dim=(1, 2, 3)) == 0
+    assert abs(dropped.double().mean() - share) <= 5 * math.sqrt(share * (1 - share) / n)
+    kept = ~dropped
+    assert (seen["z"][dropped] == 0).all()
+    assert torch.equal(seen["z"][kept], z[kept]) and torch.equal(seen["cond"][kept], x_hat[kept])
+    assert torch.equal(seen["x_t"][dropped], seen["unshifted"][dropped])
+    want = seen["unshifted"][kept] + (x_hat[kept] if form == 2 else 0)
+    torch.testing.assert_close(seen["x_t"][kept], want)
+
+
+class CountedDraws(Draws):
+    "Draws that keep a list of what was asked of them."
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.asked = []
+
+    def rand(self, *shape):
+        self.asked.append(("rand", shape))
+        return super().rand(*shape)
+
+
+def test_without_dropping_nothing_is_drawn_for_it_and_the_loss_is_that_of_before():
+    plain = model(2, z_guidance=True)
+    config = {k: v for k, v in plain.config.items() if k != "cond_dropout"}
+    before = DiffuseVAE.from_config(config).eval()
+    before.load_state_dict(plain.state_dict())
+    draws = CountedDraws(0, 0)
+    assert torch.equal(plain.training_loss(images(), draws=draws)["loss"], loss(before)) and draws.asked == []
+    dropping, draws = with_weights_of(plain, cond_dropout=0.5), CountedDraws(0, 0)
+    assert dropping.training_loss(images(), draws=draws)["loss"] != loss(before) and draws.asked == [("rand", (4,))]
+
+
+GUIDED = pytest.mark.parametrize("form, z_guidance, concat", [
+    (1, False, True), (1, True, True), (2, False, True), (2, True, True), (2, True, False)])
+
+
+@GUIDED
+def test_guidance_of_weight_one_is_the_plain_model(form, z_guidance, concat):
+    m = model(form, z_guidance, concat, cond_dropout=0.1)
+    assert torch.equal(refined(m, guidance_weight=1.0), refined(with_weights_of(m, cond_dropout=0.0)))
+
+
+@GUIDED
+def test_guidance_of_weight_zero_is_the_model_without_any_condition(form, z_guidance, concat):
+    m = model(form, z_guidance, concat, cond_dropout=0.1)
+    noise = torch.randn(4, 3, 16, 16, generator=generator(3))
+    nothing = lambda x, t: m.unet(x, t, cond=torch.zeros_like(x), z=torch.zeros(4, 4))
+    want = m.diffusion.sample(nothing, noise, "dpmpp", 6).clamp(-1, 1)  # and without a shift
+    for seed in (5, 6):  # whatever the condition is
+        found = refined(m, images(seed=seed), codes(seed=seed), noise=noise, guidance_weight=0.0)
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
+
+
+@GUIDED
+def test_a_guided_prediction_moves_on_a_line_with_the_weight(form, z_guidance, concat):
+    m, x_hat, z = model(form, z_guidance, concat, cond_dropout=0.1), images(seed=5), codes()
+    x_t, t = images(seed=6), torch.tensor([3, 300, 600, 999])
+    predict = lambda weight: m.guided(x_hat, z, weight)(x_t, t)
+    free, led = predict(0.0), predict(1.0)
+    assert (free - led).abs().mean() > 1e-3
+    for weight in (-0.5, 0.5, 1.5, 4.0):
+        torch.testing.assert_close(predict(weight), (1 - weight) * free + weight * led, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
+def test_converted_weights_give_the_same_guided_samples(form, weight):
+    one = model(form, z_guidance=True, cond_dropout=0.1)
+    a, b = (refined(m, guidance_weight=weight) for m in (one, convert_form(one)))
+    assert (a.abs() < 1).double().mean() > 0.1
+    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_a_model_that_never_missed_its_condition_cannot_be_guided():
+    with pytest.raises(ValueError, match="trained without cond_dropout"):
+        refined(model(1), guidance_weight=1.5)
+    with pytest.raises(ValueError, match="give the codes"):
+        model(1, z_guidance=True).refine(images(), steps=1)
 
 
 # --- the frozen VAE -------------------------------------------------------------------------------------------------
@@ -293,3 +456,164 @@ def test_a_trained_vae_comes_with_its_weights(tmp_path):
     x = images()
     assert back.config == m.config and torch.equal(back.vae.reconstruct(x), vae.reconstruct(x))
     assert not any(p.requires_grad for p in back.vae.parameters())
+
+
+# --- attributes and studies -----------------------------------------------------------------------------------------
+
+def shapes(n=40, start=0):
+    factors = shapes_factors(start + np.arange(n))
+    return ImageData("shapes", "train", draw_shapes(factors, 16), factors)
+
+
+def test_an_attributes_direction_is_the_difference_of_mean_codes():
+    m, data = model().vae, shapes(30)
+    mask = data.labels[:, 0] == 0
+    mu = m.encode(data.float())[0]
+    torch.testing.assert_close(attribute_direction(m, data, mask), mu[mask].mean(dim=0) - mu[~mask].mean(dim=0))
+    first = np.flatnonzero(mask)[:2], np.flatnonzero(~mask)[:2]
+    torch.testing.assert_close(attribute_direction(m, data, mask, n=2), mu[first[0]].mean(dim=0) - mu[first[1]].mean(dim=0))
+    for empty in (mask & False, mask | True):
+        with complains("30 images of shapes"):
+            attribute_direction(m, data, empty)
+
+
+@pytest.fixture(scope="module")
+def eye():
+    "A feature network with random weights, made in single precision as all others."
+    torch.manual_seed(0)
+    return FeatureNetwork(image_size=16, width=4, num_features=6)
+
+
+def material(eye, n=24, batch=10, heldout=None, **options):
+    eye.double()
+    train, test = shapes(), shapes(30, start=100)
+    return Material(train, test, eye, describe(eye, test if heldout is None else heldout), n, batch, **options)
+
+
+def identical(m):
+    "The model with a refiner that returns what it is given."
+    m.refine = lambda x_hat, z=None, **options: x_hat.clamp(-1, 1)
+    return m
+
+
+NUMBERS = {"prior_gap": {f"{what} {where}" for what in ("x̂", "refined x̂") for where in ("of real images", "from the prior", "from ex-PDE")},
+           "robustness": {"levels", "noise on x̂", "noise on z"}, "path_length": {"x̂", "refined"},
+           "condition_agreement": {"shape", "hue", "both", "shuffled"}}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_study_answers_with_finite_numbers_the_same_ones_every_time(eye, name):
+    m = model(2, z_guidance=True)
+    answer = STUDIES[name](m, material(eye, n=12, batch=7))
+    assert set(answer) == NUMBERS[name] | {"n"} and answer["n"] == 12
+    text = json.dumps(answer, allow_nan=False)
+    torch.manual_seed(1)  # whatever the global generator does
+    assert json.dumps(STUDIES[name](m, material(eye, n=12, batch=7))) == text
+    assert json.dumps(STUDIES[name](m, material(eye, n=12, batch=7, seed=1))) != text
+
+
+def test_robustness_starts_both_rows_at_the_same_distance(eye):
+    answer = STUDIES["robustness"](model(1, z_guidance=True), material(eye, n=12))
+    assert answer["levels"][0] == 0 and answer["noise on x̂"][0] == answer["noise on z"][0]
+    assert len(answer["levels"]) == len(answer["noise on x̂"]) == len(answer["noise on z"]) > 2
+    assert len(set(answer["noise on x̂"])) == len(answer["levels"]) == len(set(answer["noise on z"]))
+
+
+def test_more_noise_takes_an_unrefined_image_further_away(eye):
+    m = identical(model(1))
+    with torch.no_grad():
+        heldout = to_uint8(m.vae.decode(codes(200, seed=3)))
+    answer = STUDIES["robustness"](m, material(eye, n=200, batch=100, heldout=heldout))
+    for where in ("noise on x̂", "noise on z"):
+        assert answer[where] == sorted(answer[where]) and answer[where][-1] > 3 * answer[where][0], answer
+
+
+def test_the_prior_gap_is_the_distance_of_each_priors_images(eye):
+    m = identical(model(1))
+    m.vae.encoder.net[-1].bias.data[:4] += 4.0  # codes of real images lie far from N(0, I)
+    with torch.no_grad():
+        heldout = to_uint8(m.vae.decode(m.vae.codes(shapes(200, start=100))))
+    answer = STUDIES["prior_gap"](m, material(eye, n=40, batch=15, heldout=heldout))
+    for where in ("of real images", "from the prior", "from ex-PDE"):
+        assert answer[f"refined x̂ {where}"] == pytest.approx(answer[f"x̂ {where}"], rel=1e-6)
+    assert max(answer["x̂ of real images"], answer["x̂ from ex-PDE"]) < 0.5 * answer["x̂ from the prior"], answer
+
+
+def test_a_refiner_that_changes_nothing_has_the_path_length_of_its_vae(eye):
+    m = model(1)
+    plain = STUDIES["path_length"](m.vae, material(eye))
+    assert set(plain) == {"n", "x̂"} and plain["x̂"] > 0
+    m.interpolate = lambda z, noise, **options: (None, m.vae.decode(z))
+    answer = STUDIES["path_length"](m, material(eye))
+    assert answer["x̂"] == plain["x̂"] == pytest.approx(answer["refined"], rel=1e-9)
+
+
+def test_the_path_length_of_refinements_holds_the_noise_fixed(eye):
+    "With fresh noise for each image the two ends of a short piece would be far apart, whatever the code."
+    m = identical(model(1, concat=False))
+    m.interpolate = DiffuseVAE.interpolate.__get__(m)
+    m.refine = lambda x_hat, z, noise, **options: noise  # a refiner that shows its noise and nothing else
+    assert STUDIES["path_length"](m, material(eye))["refined"] == 0
+
+
+def test_agreement_is_whole_for_an_unchanged_image_and_chance_for_anothers(eye):
+    m = identical(model(1))
+    answer = STUDIES["condition_agreement"](m, material(eye, n=24, batch=10))
+    assert answer["shape"] == answer["hue"] == answer["both"] == 1 > answer["shuffled"]["both"]
+    m.refine = lambda x_hat, z=None, **options: x_hat.roll(1, 0)  # everybody has the neighbour's
+    answer = STUDIES["condition_agreement"](m, material(eye, n=24, batch=24))
+    assert answer["shuffled"]["both"] == 1 > answer["both"]
+
+
+def test_the_readout_sees_factors_that_are_in_the_code_and_no_others(eye):
+    m, train, test = model(1), shapes(300), shapes(150, start=1000)
+    look = Material(train, test, eye, None)
+
+    def code(data):
+        angles = 2 * np.pi * data.labels[:, [1]]
+        return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles), np.eye(3)[data.labels[:, 0].astype(int)]], axis=1))
+    known = iter([code(train), code(test)])
+    m.vae.encode = lambda x: (next(known), None)
+    answer = STUDIES["readout"](m, look)
+    assert answer["hue"] > 0.99 and answer["shape"] > 0.99
+    assert all(answer[name] < 0.2 for name in ("ground", "size", "x", "y")), answer
+    assert set(answer) == set(STUDIES["readout"](model(1).vae, look))  # a VAE has a readout too
+
+
+# --- entries --------------------------------------------------------------------------------------------------------
+
+def test_entries_of_different_names_have_different_configs_in_every_data_set():
+    assert {e.dataset for e in experiments()} == {"shapes", "cifar10", "celeba64", "celeba256"}
+    for dataset in ("shapes", "cifar10", "celeba64", "celeba256"):
+        entries = [e for e in experiments(dataset) if e.seed == 0]
+        assert len({config_hash(e.config) for e in entries}) == len({e.experiment for e in entries}) == len(entries)
+    with complains("'imagenet'", "choose from shapes, cifar10"):
+        experiments("imagenet")
+
+
+def test_every_entry_names_studies_feature_networks_and_dependencies_that_exist():
+    entries = experiments()
+    known = {(e.dataset, e.experiment, e.seed) for e in entries}
+    assert len(known) == len(entries)
+    for e in entries:
+        assert set(e.studies) <= set(STUDIES)
+        assert e.features is None or (e.dataset, e.features, 0) in known
+        assert all((e.dataset, name, e.seed) in known for name in e.depends_on.values())
+        assert len(e.evaluations) == len({json.dumps(v, sort_keys=True) for v in e.evaluations})
+
+
+def test_the_protocol_of_the_design_is_asked_for():
+    "20 steps of DPM-Solver++ with all images in every record; samplers and steps with fewer at seed 0; ancestral once."
+    full = {"shapes": 2_000, "cifar10": 50_000, "celeba64": 10_000, "celeba256": 2_000}
+    for dataset, n in full.items():
+        entries = [e for e in experiments(dataset) if e.evaluations and not e.experiment.endswith("-cpu")]
+        for e in entries:
+            one_shot = e.model["model"] == "VAE"
+            assert e.evaluations[0] == {"sampler": None if one_shot else "dpmpp", "steps": 1 if one_shot else 20, "n": n}
+            curve = {(v["sampler"], v["steps"]) for v in e.evaluations if v["sampler"] in ("dpmpp", "ddim") and v["n"] < n}
+            if e.seed == 0 and not one_shot:
+                assert curve >= {(s, steps) for s in ("dpmpp", "ddim") for steps in (10, 20, 50, 100)}
+        ancestral = [e for e in entries if any(v["sampler"] == "ancestral" and v["steps"] == 1000 for v in e.evaluations)]
+        assert len(ancestral) == 1
+        seeds = {e.experiment: {f.seed for f in entries if f.experiment == e.experiment} for e in entries}
+        assert dataset == "celeba256" or seeds["diffusevae-form1"] == seeds["ddpm"] == seeds["vae"] == {0, 1, 2}

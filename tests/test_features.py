@@ -10,9 +10,9 @@ import torchvision.transforms.functional as tv
 from conftest import complains, generator, randomised
 from hybridvae.core import Draws, build_model, count_parameters, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
-from hybridvae.features import (FEATURE_WEIGHTS, Classifier, FaceEncoder, FeatureNetwork, ResidualBlock, adjust_colour, crop_resize, cut_out,
-                                degrade, effective_rank, feature_path, gaussian_blur, hue_difference, load_features,
-                                random_view, retrieval_accuracy, shift, shipped_features, vicreg)
+from hybridvae.features import (FEATURE_WEIGHTS, Classifier, FaceEncoder, FeatureNetwork, ResidualBlock, adjust_colour,
+                                crop, cut_out, degrade, effective_rank, feature_path, gaussian_blur, hue_difference,
+                                load_features, random_view, retrieval_accuracy, shipped_features, vicreg)
 from hybridvae.training import Average, TrainConfig, train
 
 
@@ -219,19 +219,22 @@ def test_a_residual_block_adds_to_its_input():
     for block in (same, other):
         torch.nn.init.zeros_(block.conv2.weight)
     assert torch.equal(same(x), x)
-    active = torch.relu((x - x.mean(dim=(0, 2, 3), keepdim=True)) / (x.var(dim=(0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt())
+    mean, variance = x.mean(dim=(0, 2, 3), keepdim=True), x.var(dim=(0, 2, 3), keepdim=True, correction=0)
+    active = torch.relu((x - mean) / (variance + 1e-5).sqrt())
     expected = torch.einsum("oc,nchw->nohw", other.shortcut.weight[:, :, 0, 0], active[:, :, ::2, ::2])
     torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------
 
-def test_a_shifted_image_is_a_slice_of_the_mirrored_image():
+@pytest.mark.parametrize("size", [5, 10])
+def test_a_crop_is_a_slice_of_the_mirrored_image(size):
     x = torch.rand(81, 3, 12, 10, generator=generator())
-    offset = torch.tensor([(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5)])
+    corner = torch.tensor([(top, left) for top in range(-4, 5) for left in range(-4, 5)])
     padded = np.pad(x.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="reflect")
-    for moved, source, (dy, dx) in zip(shift(x, offset), padded, offset.tolist()):
-        assert np.array_equal(moved.numpy(), source[:, 4 - dy:16 - dy, 4 - dx:14 - dx])
+    for part, source, (top, left) in zip(crop(x, corner, size), padded, corner.tolist()):
+        assert np.array_equal(part.numpy(), source[:, 4 + top:4 + top + size, 4 + left:4 + left + size])
+    assert torch.equal(crop(x[..., :10, :], torch.zeros(81, 2, dtype=torch.int64), 10), x[..., :10, :])
 
 
 @pytest.mark.parametrize("size", [1, 5, 6])
@@ -265,19 +268,6 @@ def test_augmentation_is_for_training_only():
     assert found["error"] == (model.read(images_for(model))["class"] != y).float().mean()
 
 
-def test_the_whole_image_as_a_part_is_the_image():
-    x = torch.rand(4, 3, 16, 12, generator=generator()) * 2 - 1
-    torch.testing.assert_close(crop_resize(x, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(4, 4)), x, rtol=0, atol=1e-5)
-
-
-def test_a_part_at_full_size_is_what_interpolating_its_slice_gives():
-    "Away from the part's edge, where a slice has no neighbours to interpolate with."
-    x = torch.rand(1, 3, 16, 32, generator=generator())
-    part = crop_resize(x, torch.tensor([[8 / 32, 4 / 16, 16 / 32, 8 / 16]]))  # left, top, width, height
-    expected = torch.nn.functional.interpolate(x[:, :, 4:12, 8:24], size=(16, 32), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(part[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], rtol=0, atol=1e-5)
-
-
 def test_colours_change_as_in_torchvision():
     x = torch.rand(6, 3, 8, 8, generator=generator()) * 2 - 1
     factors = 0.6 + 0.8 * torch.rand(3, 6, generator=generator(1))
@@ -289,28 +279,23 @@ def test_colours_change_as_in_torchvision():
     torch.testing.assert_close(adjust_colour(x, ones, ones, ones), x)
 
 
-def test_views_are_parts_mirrored_and_recoloured_within_their_limits():
-    "Ramps of brightness show which part a view holds: their slopes are its width and height."
-    axis = (torch.arange(32) + 0.5) / 32
-    ramps = torch.stack([axis.expand(32, 32), axis[:, None].expand(32, 32)]) * 2 - 1
-    x = torch.cat([ramps, torch.zeros(1, 32, 32)]).expand(2_000, 3, 32, 32)
-    identity = lambda u, *factors: u
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hybridvae.features.adjust_colour", identity)
-        views = random_view(x, Draws(0, 0))
-    width, height = views[:, 0, 16, 24] - views[:, 0, 16, 8], views[:, 1, 24, 16] - views[:, 1, 8, 16]  # 16 of 32 pixels, of 2
-    area, ratio = width.abs() * height, width.abs() / height
-    assert 900 < (width < 0).sum() < 1_100 and (height > 0).all()
-    assert 0.3 < area.min() < 0.4 and 0.9 < area.max() <= 1.001
-    assert 0.74 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.34
-    grey = random_view(torch.rand(1_000, 3, 8, 8, generator=generator()) * 2 - 1, Draws(0, 0))
-    assert 150 < ((grey - grey.mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-3).sum() < 250
+def test_a_view_is_an_unresized_slice_perhaps_mirrored(monkeypatch):
+    "Pixel for pixel: every view must be found in its image, and all corners and both directions occur."
+    monkeypatch.setattr("hybridvae.features.adjust_colour", lambda x, *factors: x)
+    x = torch.rand(400, 3, 16, 16, generator=generator())
+    found = []
+    for view, image in zip(random_view(x, Draws(0, 0)), x):
+        assert view.shape == (3, 10, 10)
+        parts = {(flip, r, c): part for r in range(7) for c in range(7)
+                 for flip, part in enumerate((image[:, r:r + 10, c:c + 10], image[:, r:r + 10, c:c + 10].flip(-1)))}
+        found += [key for key, part in parts.items() if torch.equal(view, part)]
+    assert len(found) == 400 and {key[1:] for key in found} == {(r, c) for r in range(7) for c in range(7)}
+    assert 150 < sum(key[0] for key in found) < 250
 
 
-def test_views_have_no_noise():
-    "What was constant stays constant, so that the encoder never learns to overlook noise."
-    views = random_view(torch.full((200, 3, 16, 16), 0.1), Draws(0, 0))
-    assert (views.amax(dim=(2, 3)) - views.amin(dim=(2, 3))).abs().max() < 1e-5
+def test_some_views_are_grey():
+    views = random_view(torch.rand(1_000, 3, 8, 8, generator=generator()) * 2 - 1, Draws(0, 0))
+    assert 150 < ((views - views.mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-3).sum() < 250
 
 
 # --- the loss of the encoder, and what is measured of it -------------------------------------------------------------
@@ -429,14 +414,14 @@ def test_a_classifier_learns_its_classes(tmp_path):
 
 
 def test_an_encoder_learns_to_find_views_and_does_not_collapse(tmp_path):
-    data, test = shapes(1_000), shapes(200, 1_000_000_000)
+    data, test = shapes(500), shapes(200, 1_000_000_000)
     torch.manual_seed(0)
-    model = FaceEncoder("x", 32, (8, 16), 1, stride=4, projection=32)
+    model = FaceEncoder("x", 32, (8, 16), 1, projection=64)
     before = model.eval().measures(data, test)
-    learn(model, data, dict(kimg=6, batch_size=100, lr=5e-3, precision="fp32"), tmp_path)
+    learn(model, data, dict(kimg=6, batch_size=50, lr=5e-3, precision="fp32"), tmp_path)
     after = model.measures(data, test)
-    assert after["retrieval_accuracy"] > before["retrieval_accuracy"] + 0.1
-    assert after["effective_rank"] > 3 and after["feature_std"] > 0.01
+    assert after["retrieval_accuracy"] > before["retrieval_accuracy"] + 0.05  # by chance 0.005
+    assert after["effective_rank"] > 5 and after["feature_std"] > 0.1
 
 
 # --- finding shipped networks ----------------------------------------------------------------------------------------
