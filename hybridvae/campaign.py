@@ -14,6 +14,7 @@ import os
 import pkgutil
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,9 +89,10 @@ def run_campaign(
             break
         try:
             record = run_entry(entry, entries, runs, left, cpu, progress)
-        except HybridVAEError as error:
-            failed.append(f"{entry.dataset} {entry.experiment} seed {entry.seed}: {error}")
-            print(failed[-1], flush=True)
+        except Exception as error:  # whatever it is, such as too little memory: the others go on
+            ours = isinstance(error, HybridVAEError)
+            failed.append(f"{entry.dataset} {entry.experiment} seed {entry.seed}: {error if ours else repr(error) + '.'}")
+            print(failed[-1] if ours else failed[-1] + "\n" + traceback.format_exc(), flush=True)
             continue
         if record is None:
             break
@@ -187,7 +189,7 @@ def throughput(
 
 def measure_throughput(entries: list[Entry], runs: str | Path, peak: float | None = None, seconds: float = 15.0, cpu: bool = False) -> Path:
     "Throughput of DDPM and of the full size, eager and compiled, written to `throughput.json`."
-    chosen = {e.experiment: e for e in entries if e.seed == 0 and (e.experiment == "ddpm" or e.experiment.endswith("-full"))}
+    chosen = {(e.dataset, e.experiment): e for e in entries if e.seed == 0 and (e.experiment == "ddpm" or e.experiment.endswith("-full"))}
     rows = [throughput(e, seconds, compiled, peak, cpu) for e in chosen.values() for compiled in ((False,) if cpu else (False, True))]
     device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     return write_json(Path(runs) / "throughput.json", {**provenance(device), "peak": peak, "rows": rows})

@@ -186,6 +186,7 @@ def train_model(
 
     import torch
     from hybridvae.core import HybridVAEError, provenance, save_grid, save_model, weights_hash, write_json
+    from hybridvae.data import Batches
     from hybridvae.training import TrainConfig, autocast, eager, train
 
     config, note = TrainConfig(**settings), out / "training.json"
@@ -200,6 +201,7 @@ def train_model(
         same = False
     if not same:
         raise HybridVAEError(f"{out} holds another training, with other options or images: choose another folder or remove it.")
+    Batches(images[0].first(1), config.batch_size, seed, n_slices=config.n_slices)  # a batch that cannot be cut is refused here
     write_json(note, asked)
     compiled = not cpu and torch.cuda.is_available()
     result = train(model, images[0], config, out, seed, images[1], minutes, cpu=cpu, compile=compiled)
@@ -806,7 +808,8 @@ def _print_listing(entries: list, runs: Path) -> None:
     import pandas as pd
     from hybridvae.campaign import listing
 
-    print(pd.DataFrame(listing(entries, runs)).fillna("").to_string(index=False, max_colwidth=60))
+    short = lambda text: f"lacks {text.count(';') + 1}" if str(text).startswith("missing: ") else text  # evaluations or studies
+    print(pd.DataFrame(listing(entries, runs)).fillna("").map(short).to_string(index=False))
     print(_count(entries, runs))
 
 

@@ -359,8 +359,8 @@ def prepare_celeba(
     be downloaded, are damaged or not CelebA's, or the disk is full; the cache then has no array that is not whole.
     """
     if image_size not in (64, 256):
-        raise HybridVAEError(f"CelebA is prepared with 64 or 256 pixels, not {image_size}: choose one of them, or give its images "
-                             "to prepare_folder.")
+        raise HybridVAEError(f"CelebA is prepared with 64 or 256 pixels, not {image_size}: choose one of them, or give its "
+                             "images to prepare_folder.")
     folder = (root or data_root()) / f"celeba{image_size}"
     official = None if source is None else Path(source).expanduser() / "celeba"
     if all((folder / name).exists() for name in ("train_images.npy", "train_ids.npy")):
@@ -416,7 +416,7 @@ def _unreadable(failed: list[tuple[Path, Exception]], total: int, source: Path, 
 
 
 def _save_attributes(folder: Path, path: Path, ids: np.ndarray) -> None:
-    "Write the attributes of these images as `train_attributes.npy` (N, 40), 0 or 1, and their names, if the official file is there."
+    "Write the attributes of these images, (N, 40) of 0 or 1, and their names, if the official file is there."
     import pandas as pd
 
     if not path.exists():
@@ -428,8 +428,8 @@ def _save_attributes(folder: Path, path: Path, ids: np.ndarray) -> None:
     except (OSError, ValueError, KeyError):
         fits = False
     if not fits:
-        raise HybridVAEError(f"{path} does not hold 40 attributes of each of the {len(ids):,} images: get the official file again, or "
-                             "remove it to do without attributes.")
+        raise HybridVAEError(f"{path} does not hold 40 attributes of each of the {len(ids):,} images: get the official file "
+                             "again, or remove it to do without attributes.")
     with atomic_path(folder / "attribute_names.json") as names_path:
         names_path.write_text(json.dumps(list(table.columns)))
     with atomic_path(folder / "train_attributes.npy") as values_path:
@@ -447,8 +447,8 @@ def load_celeba(image_size: int, split: str, root: Path | None = None) -> ImageD
     ids = read_array(folder / "train_ids.npy", (None,), 1, CELEBA_IMAGES, np.int32)
     ascending = bool((np.diff(ids) > 0).all())
     if len(images) != len(ids) or len(np.unique(ids)) != len(ids):
-        raise HybridVAEError(f"{folder} has {len(images):,} images but {len(np.unique(ids)):,} different official numbers: remove "
-                             "its files and prepare the data set again.")
+        raise HybridVAEError(f"{folder} has {len(images):,} images but {len(np.unique(ids)):,} different official numbers: "
+                             "remove its files and prepare the data set again.")
     if isinstance(images, np.memmap) and not ascending:
         raise HybridVAEError(f"{folder / 'train_ids.npy'} is not in ascending order, as so large a data set must be: remove its "
                              "files and prepare it again.")
@@ -477,7 +477,8 @@ def _read_attributes(folder: Path, n: int) -> tuple[np.ndarray | None, tuple[str
     except (OSError, ValueError, TypeError):
         names = ()
     if len(names) != 40:
-        raise HybridVAEError(f"{path} is not a list of 40 names: remove it and train_attributes.npy, and prepare the data set again.")
+        raise HybridVAEError(f"{path} is not a list of 40 names: remove it and train_attributes.npy, and prepare the data set "
+                             "again.")
     return labels, names
 
 # %% ../nbs/00b_data.ipynb #cell-043
@@ -537,20 +538,21 @@ def prepare_folder(
     """
     source, folder = Path(source).expanduser(), (root or data_root()) / str(name)
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-        raise HybridVAEError(f"a data set cannot be called {name!r}: use letters, digits, - and _, beginning with a letter or digit.")
+        raise HybridVAEError(f"a data set cannot be called {name!r}: use letters, digits, - and _, beginning with a letter or "
+                             "digit.")
     if name.lower() in DATASETS:
         raise HybridVAEError(f"{name!r} is the name of a built-in data set: choose another name.")
     if not isinstance(image_size, int) or image_size % 8 or not 16 <= image_size <= 1024:
-        raise HybridVAEError(f"an image size of {image_size} pixels does not suit the networks: choose a multiple of 8 from 16 to "
-                             "1024.")
+        raise HybridVAEError(f"an image size of {image_size} pixels does not suit the networks: choose a multiple of 8 from 16 "
+                             "to 1024.")
     if not 0 < heldout <= 0.5:
         raise HybridVAEError(f"a share of {heldout} cannot be held out: choose a number above 0 and up to 0.5.")
     if not source.is_dir():
         raise HybridVAEError(f"there is no folder {source}: give the path of a folder of images.")
     files = _image_files(source)
     if len(files) < 2:
-        raise HybridVAEError(f"{source} holds {len(files) or 'no'} image{'s' * (len(files) != 1)}, but at least two are needed, one of "
-                             f"them to be held out: add files of the kinds {', '.join(IMAGE_SUFFIXES)}.")
+        raise HybridVAEError(f"{source} holds {len(files) or 'no'} image{'s' * (len(files) != 1)}, but at least two are "
+                             f"needed, one of them to be held out: add files of the kinds {', '.join(IMAGE_SUFFIXES)}.")
     origin = {"image_size": image_size, "heldout": heldout, "files": _files_hash(source, files)}
     if folder.exists():
         return _same_folder(folder, origin, source)
@@ -591,8 +593,8 @@ def _same_folder(folder: Path, origin: dict, source: Path) -> Path:
     except (OSError, ValueError):
         same = False
     if not same or not _is_prepared(folder):
-        raise HybridVAEError(f"{folder} is there already with other content than {source} would give: choose another name, or remove "
-                             "that folder.")
+        raise HybridVAEError(f"{folder} is there already with other content than {source} would give: choose another name, or "
+                             "remove that folder.")
     return folder
 
 
@@ -607,8 +609,8 @@ def _refuse_failed(failed: list[tuple[Path, Exception]], total: int, source: Pat
         raise _unreadable(broken, total, source, "remove them or convert them to PNG")
     if failed:
         file, found = failed[0]
-        raise HybridVAEError(f"{len(failed):,} of {total:,} images below {source} are smaller than {image_size} pixels, the first of "
-                             f"them {file.relative_to(source)} with {found}: choose a smaller image size, or remove them.")
+        raise HybridVAEError(f"{len(failed):,} of {total:,} images below {source} are smaller than {image_size} pixels, the "
+                             f"first of them {file.relative_to(source)} with {found}: choose a smaller size, or remove them.")
 
 # %% ../nbs/00b_data.ipynb #cell-047
 def load_folder(name: str, split: str, root: Path | None = None) -> ImageData:
@@ -616,8 +618,8 @@ def load_folder(name: str, split: str, root: Path | None = None) -> ImageData:
     path = (root or data_root()) / name / f"{split}_images.npy"
     images = read_array(path, (None, None, None, 3))
     if images.shape[1] != images.shape[2]:
-        raise HybridVAEError(f"{path} holds images of {images.shape[2]} x {images.shape[1]} pixels, but they must be square: remove "
-                             "that folder and prepare the data set again.")
+        raise HybridVAEError(f"{path} holds images of {images.shape[2]} x {images.shape[1]} pixels, but they must be square: "
+                             "remove that folder and prepare the data set again.")
     crop = ": central square, resized with antialiasing" if (path.parent / "origin.json").exists() else ""
     return ImageData(name, split, images, description=_describe(name, split, len(images), note=crop))
 
@@ -636,8 +638,8 @@ def load_data(
     "A split of a data set. Raises `HybridVAEError` for unknown names, splits and impossible subsets."
     prepared = [] if name in DATASETS else prepared_names()
     if name not in (*DATASETS, *prepared):
-        raise HybridVAEError(f"there is no data set {name!r}: choose from {', '.join([*DATASETS, *prepared])}, or prepare a folder "
-                             "of images under that name.")
+        raise HybridVAEError(f"there is no data set {name!r}: choose from {', '.join([*DATASETS, *prepared])}, or prepare a "
+                             "folder of images under that name.")
     if split not in ("train", "test"):
         raise HybridVAEError(f"there is no split {split!r}: choose train or test.")
     data = DATASETS[name](split) if name in DATASETS else load_folder(name, split)

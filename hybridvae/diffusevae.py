@@ -9,6 +9,7 @@ __all__ = ['ROBUSTNESS_LEVELS', 'GUIDANCE_WEIGHTS', 'FULL', 'LATER', 'OTHER_SEED
 
 # %% ../nbs/01_diffusevae.ipynb #cell-002
 import copy
+import math
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class DiffuseVAE(Model):
     def guided(self, x_hat: torch.Tensor, z: torch.Tensor, weight: float):
         """The denoiser moved from the unconditional prediction towards the conditional one, and beyond for weight > 1.
 
-        Two evaluations a step (Ho & Salimans 2022, equation 6, with weight = 1 + w). Raises `ValueError` for a model
+        Two evaluations a step, one with weight 0 or 1 (Ho & Salimans 2022, equation 6, with weight = 1 + w). Raises `ValueError` for a model
         trained without `cond_dropout`.
         """
         if weight == 1:
@@ -82,7 +83,7 @@ class DiffuseVAE(Model):
 
         def network(x_t, t):
             alone = free(x_t - x_hat if self.form == 2 else x_t, t)  # without x̂ there is no shift either
-            return alone + weight * (led(x_t, t) - alone)
+            return alone + weight * (led(x_t, t) - alone) if weight else alone
         return network
 
     @torch.no_grad()
@@ -159,10 +160,11 @@ class DiffuseVAE(Model):
         return self.vae.sampling_options(options, data, seed)
 
     def showcase(self, n: int, generator: torch.Generator, **options) -> dict[str, torch.Tensor]:
-        "n refined samples; and rows of ten: coarse images, and below them their refinements."
-        rows = max(1, n // 20)
+        "n refined samples; and rows of √n: coarse images, and below them their refinements."
+        side = math.isqrt(n)
+        rows = side // 2
         x_hat, x = self.sample_pairs(n, generator=generator, **options)
-        pairs = torch.stack([images[:10 * rows].reshape(rows, -1, *x.shape[1:]) for images in (x_hat, x)], dim=1)
+        pairs = torch.stack([images[:side * rows].reshape(rows, side, *x.shape[1:]) for images in (x_hat, x)], dim=1)
         return {"": x, "pairs": pairs.flatten(0, 2)}
 
 # %% ../nbs/01_diffusevae.ipynb #cell-030
@@ -261,8 +263,9 @@ def robustness(model, m: Material) -> dict:
     found = {"n": m.n, "levels": list(ROBUSTNESS_LEVELS), "noise on x̂": [], "noise on z": []}
     for where in ("x̂", "z"):
         for level in ROBUSTNESS_LEVELS:
-            generator, seen = torch.Generator(model.device).manual_seed(m.seed), ImageStatistics(m.features)
-            normal = lambda like: torch.randn(like.shape, generator=generator, device=model.device)
+            generator, other = (torch.Generator(model.device).manual_seed(s) for s in (m.seed, m.seed + 1))
+            seen = ImageStatistics(m.features)
+            normal = lambda like: torch.randn(like.shape, generator=other, device=model.device)  # z and the sampler's noise stay the same
             for k in m.parts:
                 z = model.vae.prior.sample(k, generator).to(model.device)
                 z = z + level * normal(z) if where == "z" else z

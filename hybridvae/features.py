@@ -302,11 +302,12 @@ class FaceEncoder(FeatureModel):
         blocks: int = 2,  # residual blocks in a level
         stride: int = 2,  # of the first convolution; 4 for images of 256 pixels
         projection: int = 1024,  # width of the projection head; 0: none, for use without training
+        damage: bool = False,  # in training, blur and noise as in `degrade`, alike for both views of an image
     ):
         super().__init__()
         self.config = dict(model="FaceEncoder", name=name, image_size=image_size, channels=list(channels), blocks=blocks,
-                           stride=stride, projection=projection)
-        self.name, self.num_features = name, channels[-1]
+                           stride=stride, projection=projection, damage=damage)
+        self.name, self.num_features, self.damage = name, channels[-1], damage
         self.body = residual_body(channels, blocks, stride)
         layer = lambda a: [nn.Linear(a, projection, bias=False), nn.BatchNorm1d(projection), nn.ReLU()]
         self.projector = None
@@ -317,6 +318,8 @@ class FaceEncoder(FeatureModel):
         "25 · invariance + 25 · variance + covariance of the projections of two random views; means over their numbers."
         if self.projector is None:
             raise HybridVAEError(f"the encoder {self.name!r} has no projection head: build it with projection=1024 to train it.")
+        if self.damage:  # alike for both views: they are paired by it, so the encoder learns to see it
+            x, _ = degrade(x, draws)
         views = torch.cat([random_view(x, draws), random_view(x, draws)])
         z = self.projector(self.body(views))
         with torch.autocast(x.device.type, enabled=False):  # covariances need all digits

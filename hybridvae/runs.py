@@ -22,7 +22,7 @@ from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count
                             load_record, load_records, project_root, provenance, record_path, save_grid, save_model, to_uint8,
                             weights_hash, write_json, write_record)
 from .data import Batches, ImageData, load_data
-from .features import FeatureModel, load_features, shipped_features
+from .features import FEATURE_WEIGHTS, FeatureModel, load_features, shipped_features
 from .metrics import ImageStatistics, compare, count_flops, describe, distance_floors, distance_scale, load_inception
 from .training import TrainConfig, autocast, compile_networks, eager, train
 
@@ -213,12 +213,9 @@ class _Job:
     def load(self, entry: Entry) -> tuple[Model, dict] | None:
         "A trained model, with what its training cost; None where it is not trained yet."
         folder = entry.folder(self.runs)
-        try:
-            trained = json.loads((folder / "trained.json").read_text())
-        except FileNotFoundError:
+        if not all((folder / name).exists() for name in ("trained.json", "model.safetensors")):
             return None
-        except ValueError as error:
-            raise HybridVAEError(f"{folder / 'trained.json'} is damaged ({error}): remove {folder} and run again.") from error
+        trained = _read(folder / "trained.json", "config_hash", "compiled")
         if trained["config_hash"] != config_hash(entry.config):
             raise HybridVAEError(f"{folder} holds a run with another config or seed: choose another folder or remove it.")
         return load_model(folder / "model.safetensors"), trained
@@ -260,10 +257,12 @@ class _Job:
             return []
         source = find_entry(self.entries, entry.features, 0, entry.dataset)
         name, network = source.model["name"], None
-        if shipped_features(name):
+        if name in FEATURE_WEIGHTS and shipped_features(name):
             network = load_features(name, device)
-            network = network if network.config == build_model(source.model).config else None
+            config = lambda model: {k: v for k, v in model.config.items() if k != "projection"}  # a head that is not shipped
+            network = network if config(network) == config(build_model(source.model)) else None
         network = network or self.train(source)[0]
+        network = network.slim() if hasattr(network, "slim") else network  # its hash is then that of what is shipped
         standard = [load_inception(device=device)] if os.environ.get("HYBRIDVAE_INCEPTION") else []
         return [network.to(device).eval(), *standard]
 
@@ -278,7 +277,7 @@ class _Job:
         references = [_kept(f"seen by {i}", (id(data), weights_hash(network)), lambda: seen(network)) for i, network in enumerate(networks)]
         if trained["compiled"]:
             compile_networks(model)
-        done = _Progress(entry, self.runs)
+        done = _Progress(entry, self.runs, weights_hash(model))
         for evaluation in entry.evaluations:
             if done.lacks(evaluation):
                 options = model.sampling_options(_asked(evaluation), data, entry.seed)
@@ -337,16 +336,24 @@ def _measured_by(device) -> dict:
     return {k: v for k, v in provenance(device).items() if k in ("commit", "dirty", "device")}
 
 
-class _Progress:
-    "Evaluations and studies that are done, kept beside the weights until the record is written."
+def _read(path: Path, *keys: str) -> dict:
+    "A JSON file of ours. Raises `HybridVAEError` where it is damaged or lacks a key."
+    try:
+        content = json.loads(path.read_text())
+        [content[key] for key in keys]
+    except (ValueError, KeyError, TypeError) as error:
+        raise HybridVAEError(f"{path} is damaged ({error!r}): remove it and run again.") from error
+    return content
 
-    def __init__(self, entry: Entry, runs: Path):
-        self.path, self.hash = entry.folder(runs) / "measured.json", config_hash(entry.config)
+
+class _Progress:
+    "Evaluations and studies of these very weights that are done, kept beside them until the record is written."
+
+    def __init__(self, entry: Entry, runs: Path, weights: str):
+        self.path, self.keys = entry.folder(runs) / "measured.json", {"config_hash": config_hash(entry.config), "weights_hash": weights}
         self.evaluations, self.studies = [], {}
-        known = recorded(entry, runs)
-        if self.path.exists():
-            known = json.loads(self.path.read_text())
-        if known and known["config_hash"] == self.hash:
+        known = _read(self.path, "evaluations", *self.keys) if self.path.exists() else recorded(entry, runs)
+        if known and {key: known[key] for key in self.keys} == self.keys:
             self.evaluations = known["evaluations"]
             self.studies = {name: known[name] for name in entry.studies if name in known}
 
@@ -362,7 +369,7 @@ class _Progress:
         self.save()
 
     def save(self) -> None:
-        write_json(self.path, {"config_hash": self.hash, "evaluations": self.evaluations, **self.studies})
+        write_json(self.path, {**self.keys, "evaluations": self.evaluations, **self.studies})
 
 # %% ../nbs/00i_runs.ipynb #cell-024
 def results_folder() -> Path:

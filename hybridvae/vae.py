@@ -180,5 +180,5 @@ class VAE(Model):
         key = (weights_hash(self), data.name, len(data), seed)
         if key not in self._mixtures:
             codes = self.codes(data)
-            self._mixtures = {key: fit_mixture(codes, min(50, len(codes) // 10), seed)}
+            self._mixtures = {key: fit_mixture(codes, max(1, min(50, len(codes) // 10)), seed)}
         return options | {"prior": self._mixtures[key]}

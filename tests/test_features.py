@@ -332,6 +332,17 @@ def test_the_encoders_loss_weighs_the_terms_as_the_paper_does():
         model.slim().training_loss(torch.zeros(2, 3, 32, 32), draws=Draws(0, 0))
 
 
+def test_both_views_of_an_image_are_damaged_alike(monkeypatch):
+    "With views that are the images themselves, nothing but the damage could make the two differ."
+    seen = []
+    monkeypatch.setattr("hybridvae.features.random_view", lambda x, draws: seen.append(x) or x)
+    x = torch.rand(8, 3, 32, 32, generator=generator()) * 2 - 1
+    for damage in (False, True):
+        FaceEncoder(image_size=32, channels=(4, 8), blocks=1, projection=8, damage=damage).training_loss(x, draws=Draws(0, 0))
+    assert torch.equal(seen[0], x) and torch.equal(seen[1], x)
+    assert torch.equal(seen[2], seen[3]) and torch.equal(seen[2], degrade(x, Draws(0, 0))[0]) and not torch.equal(seen[2], x)
+
+
 def test_covariances_are_exact_under_autocast():
     "In bfloat16 the squares of many small covariances would be lost."
     model = seasoned(NETWORKS["FaceEncoder"]).train()

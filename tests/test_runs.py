@@ -1,189 +1,457 @@
-"""Entries, records and the command line: tiny runs of the real thing, and every kind of bad input."""
-import copy
+"""Entries and records: what a run measures, how it stops and continues, which network measures, and what tables make of records."""
 import dataclasses
 import json
-import re
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
-
-from hybridvae import core, data, diffusevae, runs
-from hybridvae.cli import app, main, read_bibliography, render_report, resolve_references
-from hybridvae.core import RECORD_KEYS, HybridVAEError, load_model, weights_hash
+import torch
+from conftest import complains, files_below, generator
+from hybridvae import data, runs
+from hybridvae.core import (PRESETS, RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, record_path,
+                            save_model, weights_hash, write_record)
+from hybridvae.diffusevae import DiffuseVAE
+from hybridvae.features import FaceEncoder, load_features, shipped_features
+from hybridvae.metrics import describe
+from hybridvae.runs import (Entry, beyond_spread, evaluate, evaluation_of, find_entry, mean_and_spread, metric_over_seeds,
+                            recorded, results_table, run_entry)
+from hybridvae.vae import VAE
+from PIL import Image
 
 TINY_VAE = {"image_size": 32, "z_dim": 4, "width": 8, "multipliers": [1, 2], "patch": 4}
 TINY_UNET = {"image_size": 32, "width": 16, "multipliers": [1], "attention": [], "patch": 4}
-TINY_TRAIN = {"kimg": 0.128, "batch_size": 32, "lr": 1e-3}
+TRAIN = {"kimg": 0.048, "batch_size": 16, "lr": 1e-3}  # 3 steps
+NETWORK = Entry("features", "shapes", PRESETS["shapes"]["features"], PRESETS["shapes"]["train_features"])
+COARSE = Entry("vae", "shapes", {"model": "VAE", **TINY_VAE}, TRAIN, features="features", batch=12,
+               evaluations=({"sampler": None, "steps": 1, "n": 20}, {"sampler": None, "steps": 1, "n": 20, "prior": "ex-pde"}))
+HYBRID = Entry("hybrid", "shapes", {"model": "DiffuseVAE", "vae": TINY_VAE, "unet": TINY_UNET, "form": 2, "cond_dropout": 0.1},
+               TRAIN, features="features", depends_on={"vae": "vae"}, batch=12, n_study=8, studies=("first", "second"),
+               evaluations=({"sampler": "dpmpp", "steps": 2, "n": 20}, {"sampler": "ddim", "steps": 1, "n": 12, "guidance_weight": 2.0}))
+ENTRIES = [NETWORK, COARSE, HYBRID]
+CALLS = []  # of studies
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    "All presets at a size that trains in a second, on few images."
-    presets = copy.deepcopy(core.PRESETS)
-    for preset in presets.values():
-        preset.update(vae=TINY_VAE, unet=TINY_UNET, n=300, train=TINY_TRAIN, train_vae=TINY_TRAIN, train_features=TINY_TRAIN)
-    presets["cifar10-cpu"]["subset"] = 200
-    monkeypatch.setattr(diffusevae, "PRESETS", presets)
-    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 400, "test": 300})
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    "Few images, and two studies that say when they are called."
+    def study(name):
+        def answer(model, m):
+            CALLS.append(name)
+            return {"n": m.n, "parts": m.parts, "mean": model.sample(m.n, steps=1, generator=generator(m.seed)).mean().item()}
+        return answer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SHAPES_SIZES", {"train": 60, "test": 40})
+        patch.setattr(runs, "_LAST", {}, raising=False)
+        for name in ("first", "second"):
+            patch.setitem(runs.STUDIES, name, study(name))
+        patch.delenv("HYBRIDVAE_INCEPTION", raising=False)
+        yield
 
 
-@pytest.fixture
-def cifar(tmp_path, monkeypatch):
-    "A cache with a CIFAR-10 of 300 + 300 random images."
-    root = tmp_path / "data"
-    (root / "cifar10").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        np.save(root / "cifar10" / f"{split}_images.npy", rng.integers(0, 256, (300, 32, 32, 3), np.uint8))
-        np.save(root / "cifar10" / f"{split}_labels.npy", rng.integers(0, 10, 300).astype(np.uint8))
-    monkeypatch.setenv("HYBRIDVAE_DATA", str(root))
-    return root
+def run(entry, folder, minutes=None, entries=ENTRIES):
+    return run_entry(entry, entries, folder, minutes, cpu=True, progress=False)
 
 
-def command(*words):
-    return CliRunner().invoke(app, list(map(str, words)))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "Folder and record of a run that was not interrupted."
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(HYBRID, folder)
 
 
-def sentence(capsys, monkeypatch, *words):
-    "What the installed command says on the error stream; it must end with status 2."
-    monkeypatch.setattr("sys.argv", ["hybridvae", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    said = capsys.readouterr().err.strip()
-    assert "Traceback" not in said
-    return said
+TIMES = ("commit", "dirty", "device", "versions", "train_seconds", "train_images_per_second", "peak_memory_bytes", "seconds_per_image")
 
 
-def test_a_run_leaves_record_weights_and_grid(tiny, tmp_path):
-    answer = command("run", "--experiment", "diffusevae-form2-z", "--runs", tmp_path, "--cpu")
-    assert answer.exit_code == 0, answer.output
-    folder = tmp_path / "shapes" / "diffusevae-form2-z"
-    record = json.loads((folder / "seed0.json").read_text())
-    assert set(RECORD_KEYS) <= set(record)
-    vae = load_model(tmp_path / "shapes" / "vae" / "seed0" / "model.safetensors")
-    model = load_model(folder / "seed0" / "model.safetensors")
-    assert record["depends_on"] == {"vae": weights_hash(vae)}  # the frozen part is that very VAE
-    assert weights_hash(model.vae) == weights_hash(vae) and weights_hash(model) == record["weights_hash"]
-    [evaluation] = record["evaluations"]
-    assert (evaluation["sampler"], evaluation["steps"], evaluation["nfe"], evaluation["n"]) == ("dpmpp", 20, 20, 300)
-    assert set(evaluation["metrics"]) == {"FD (shapes)", "FD (shapes) to training set"}
-    assert record["condition_agreement"]["n"] == 500 and record["flops_per_image"] > 0
-    assert (folder / "seed0.png").read_bytes().startswith(b"\x89PNG")
+def results(value):
+    "A record without what depends on the machine and its mood."
+    if isinstance(value, dict):
+        return {k: results(v) for k, v in value.items() if k not in TIMES}
+    return [results(v) for v in value] if isinstance(value, list) else value
 
 
-def test_a_recorded_entry_is_not_run_again_and_a_changed_one_is(tiny, tmp_path):
-    entries = diffusevae.experiments("shapes")
-    entry = runs.find_entry(entries, "vae")
-    first = runs.run_entry(entry, entries, tmp_path, cpu=True, progress=False)
-    weights = tmp_path / "shapes" / "vae" / "seed0" / "model.safetensors"
-    written = weights.stat().st_mtime_ns
-    assert runs.run_entry(entry, entries, tmp_path, cpu=True, progress=False) == first
-    assert weights.stat().st_mtime_ns == written
-    changed = dataclasses.replace(entry, train={**entry.train, "lr": 5e-4})
-    assert not changed.is_recorded(first)
-    more = dataclasses.replace(entry, evaluations=(*entry.evaluations, {"sampler": None, "steps": 1, "n": 50}))
-    assert not more.is_recorded(first)  # an evaluation is missing
-    with pytest.raises(HybridVAEError, match="another config"):  # and it does not overwrite what is there
-        runs.run_entry(changed, entries, tmp_path, cpu=True, progress=False)
+# --- the record -----------------------------------------------------------------------------------------------------
+
+def test_a_record_has_every_key_and_what_was_asked_for(whole):
+    folder, record = whole
+    assert set(RECORD_KEYS) | {"data", "history", "precision", "compiled"} <= set(record)
+    assert json.loads(record_path(folder, vars(HYBRID)).read_text()) == record == recorded(HYBRID, folder)
+    assert record["config"] == HYBRID.config and record["config_hash"] == config_hash(HYBRID.config)
+    assert (record["kimg"], record["seed"], record["subset"]) == (0.048, 0, None)
+    for found, asked in zip(record["evaluations"], HYBRID.evaluations, strict=True):
+        assert asked.items() <= found.items() and {"commit", "dirty", "device", "seconds_per_image", "batch"} <= set(found)
+        assert {"FD (shapes)", "FD (shapes) to training set", "KID (shapes)", "class score (shapes)"} <= set(found["metrics"])
+        digest = weights_hash(load_features("shapes"))
+        assert all(m["hash"] == digest for m in found["metrics"].values() if m["feature_network"] == "shapes")
+    assert record["first"]["n"] == 8 and record["first"]["parts"] == [8] and set(record["second"]) == {"n", "parts", "mean"}
+    assert record["flops_per_image"] > 0 and record["parameters"] == sum(p.numel() for p in build_model(HYBRID.model).unet.parameters())
+    assert HYBRID.missing(record) == []
 
 
-def test_the_same_entry_gives_the_same_weights_and_distance(tiny, tmp_path):
-    entries = diffusevae.experiments("shapes")
-    entry = runs.find_entry(entries, "ddpm", seed=1)
-    a, b = (runs.run_entry(entry, entries, tmp_path / k, cpu=True, progress=False) for k in "ab")
-    assert a["weights_hash"] == b["weights_hash"]
-    assert a["evaluations"][0]["metrics"] == b["evaluations"][0]["metrics"]
-    other = runs.run_entry(runs.find_entry(entries, "ddpm", seed=2), entries, tmp_path / "a", cpu=True, progress=False)
-    assert other["weights_hash"] != a["weights_hash"]
+def test_weights_are_beside_the_record_and_hold_the_network_it_depends_on(whole):
+    folder, record = whole
+    model, vae = (load_model(e.folder(folder) / "model.safetensors") for e in (HYBRID, COARSE))
+    assert weights_hash(model) == record["weights_hash"] and record["depends_on"] == {"vae": weights_hash(vae)}
+    assert weights_hash(model.vae) == weights_hash(vae)
+    assert recorded(COARSE, folder) is None  # it was trained, not measured: it has no record
 
 
-def test_a_run_stopped_by_its_limit_is_continued(tiny, tmp_path):
-    arguments = ("run", "--experiment", "ddpm", "--runs", tmp_path, "--cpu")
-    answer = command(*arguments, "--minutes", 0)
-    assert answer.exit_code == 0 and "the same command continues" in answer.output
-    assert not list(tmp_path.glob("*/*/seed0.json"))  # no record of an unfinished run
-    assert command(*arguments).exit_code == 0
-    entries = diffusevae.experiments("shapes")
-    whole = runs.run_entry(runs.find_entry(entries, "ddpm"), entries, tmp_path / "whole", cpu=True, progress=False)
-    continued = json.loads((tmp_path / "shapes" / "ddpm" / "seed0.json").read_text())
-    assert continued["weights_hash"] == whole["weights_hash"]
+def test_pictures_beside_a_record_have_ten_by_ten_images_and_show_pairs(whole):
+    folder, _ = whole
+    side = 10 * 32 + 9
+    for name in ("seed0.png", "seed0-pairs.png"):
+        assert Image.open(folder / "shapes" / "hybrid" / name).size == (side, side)
+    assert not list(folder.glob("shapes/*/seed*/*.png"))
 
 
-def test_cifar10_at_cpu_size(tiny, cifar, tmp_path):
-    answer = command("run", "--dataset", "cifar10", "--experiment", "diffusevae-form1-cpu", "--runs", tmp_path / "runs", "--cpu")
-    assert answer.exit_code == 0, answer.output
-    record = json.loads((tmp_path / "runs" / "cifar10-200" / "diffusevae-form1-cpu" / "seed0.json").read_text())
-    assert record["subset"] == 200
-    assert set(record["evaluations"][0]["metrics"]) == {"FD (cifar-cpu)", "FD (cifar-cpu) to training set"}
+def test_the_same_entry_gives_the_same_numbers_and_another_seed_others(whole, tmp_path):
+    folder, record = whole
+    assert results(run(HYBRID, tmp_path)) == results(record)
+    other = dataclasses.replace(COARSE, seed=1)
+    seeds = [run(e, tmp_path, entries=[*ENTRIES, other]) for e in (COARSE, other)]
+    assert seeds[0]["weights_hash"] != seeds[1]["weights_hash"] and seeds[0]["config_hash"] == seeds[1]["config_hash"]
+    assert seeds[0]["evaluations"][0]["metrics"] != seeds[1]["evaluations"][0]["metrics"]
 
 
-def test_experiments_of_different_names_have_different_configs():
-    for dataset in ("shapes", "cifar10"):
-        entries = [e for e in diffusevae.experiments(dataset) if e.seed == 0]
-        assert len({core.config_hash(e.config) for e in entries}) == len({e.experiment for e in entries}) == len(entries)
+# --- what is recorded is not run again ------------------------------------------------------------------------------
+
+def test_what_is_recorded_is_not_run_again_and_another_config_is_refused(whole, monkeypatch):
+    folder, record = whole
+    monkeypatch.setattr(runs, "build_model", None)  # nothing may be built
+    before = files_below(folder)
+    assert run(HYBRID, folder) == record
+    changed = dataclasses.replace(HYBRID, train={**TRAIN, "lr": 5e-4})
+    assert changed.missing(record) == ["training"]
+    with complains("another config", HYBRID.folder(folder)):
+        run(changed, folder)
+    assert files_below(folder) == before
 
 
-def test_data_command(cifar):
-    answer = command("data", "cifar10")
-    assert answer.exit_code == 0 and "train: 300 images" in answer.output
-    assert "4,000 images" in command("data", "shapes").output
+def test_missing_names_what_a_record_lacks(whole):
+    _, record = whole
+    assert HYBRID.missing(None) == ["training"]
+    for change in (dict(model={**HYBRID.model, "form": 1}), dict(subset=30), dict(depends_on={}), dict(train={"kimg": 1})):
+        assert dataclasses.replace(HYBRID, **change).missing(record) == ["training"], change
+    more = dataclasses.replace(HYBRID, studies=("first", "third"), evaluations=(
+        *HYBRID.evaluations, {"sampler": "ddim", "steps": 1, "n": 12}, {"sampler": "dpmpp", "steps": 2, "n": 2000, "prior": "ex-pde"}))
+    assert more.missing(record) == ["ddim 1, n = 12", "dpmpp 2, prior ex-pde, n = 2,000", "third"]
+    for same in (dict(priority=7), dict(seed=3), dict(batch=3), dict(parameters=1.0)):  # which decide nothing that was measured
+        assert dataclasses.replace(HYBRID, **same).missing(record) == []
 
 
-def test_bad_input_gets_one_sentence(capsys, monkeypatch, tmp_path):
-    say = lambda *words: sentence(capsys, monkeypatch, *words)
-    assert re.search(r"'imagenet'.*choose from shapes, cifar10", say("data", "imagenet"))
-    assert re.search(r"'imagenet'.*choose from shapes, cifar10", say("run", "--dataset", "imagenet", "--experiment", "vae"))
-    assert re.search(r"'gan'.*choose from .*ddpm", say("run", "--experiment", "gan", "--runs", tmp_path))
-    assert re.search(r"seed 7", say("run", "--experiment", "vae", "--seed", 7, "--runs", tmp_path))
-    (tmp_path / "file").write_text("in the way")
-    assert "file" in say("run", "--experiment", "vae", "--runs", tmp_path / "file")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
+    first = run(COARSE, tmp_path)
+    more = dataclasses.replace(COARSE, evaluations=(*COARSE.evaluations, {"sampler": None, "steps": 1, "n": 12}))
+    measured = spy(monkeypatch, runs, "evaluate")
+    monkeypatch.setattr(runs, "train", None)
+    record = run(more, tmp_path)
+    assert [call[3]["n"] for call in measured] == [12] and more.missing(record) == []
+    assert record["evaluations"][:2] == first["evaluations"]
 
 
-def test_a_damaged_cache_gets_one_sentence(capsys, monkeypatch, cifar):
-    path = cifar / "cifar10" / "train_images.npy"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert "train_images.npy" in sentence(capsys, monkeypatch, "data", "cifar10")
+def test_an_unknown_entry_is_named_with_the_known_ones():
+    assert find_entry(ENTRIES, "vae") is COARSE
+    for arguments in (("gan",), ("vae", 7), ("vae", 0, "cifar10")):
+        with complains(repr(arguments[0]), "choose from"):
+            find_entry(ENTRIES, *arguments)
 
 
-def test_usage_errors_and_help():
-    assert command("run", "--nonsense").exit_code == 2
-    assert command("run", "--minutes", "soon").exit_code == 2
-    for name in ("data", "run", "report"):
-        assert "Example: hybridvae" in command(name, "--help").output
+# --- stopping and continuing ----------------------------------------------------------------------------------------
+
+class CountedClock(runs._Clock):
+    "A clock that has run out after so many looks at it."
+
+    def __init__(self, looks):
+        self.looks = float("inf") if looks is None else looks
+
+    def left(self):
+        self.looks -= 1
+        return None if self.looks >= 0 else 0.0
 
 
-def test_report_over_a_fresh_study(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("HYBRIDVAE_RUNS", "")  # restored afterwards: the command sets it
-    answer = command("report", "--runs", tmp_path, "--cpu")
-    assert answer.exit_code == 0, answer.output
-    html = (tmp_path / "report" / "report.html").read_text()
-    assert answer.output.strip().endswith("report.html")
-    text = re.sub(r"<(script|style).*?</\1>|<[^>]+>|data:image[^\"]+", " ", html, flags=re.S)
-    assert html.count("data:image/png") >= 3 and "Figure 1" in text and "Kingma" in text
-    assert not re.search(r"@(fig|tbl|sec)-|\[@|\{#", text)  # every reference is resolved
-    values = json.loads((tmp_path / "shapes" / "vae" / "seed0.json").read_text())["evaluations"][0]["metrics"]
-    assert f"{values['FD (shapes)']['value']:,.2f}" in text  # the numbers are this study's
+def spy(monkeypatch, module, name):
+    "A list of the arguments of every call that came to its end."
+    calls, function = [], getattr(module, name)
+
+    def called(*args, **options):
+        result = function(*args, **options)
+        calls.append(args)
+        return result
+    monkeypatch.setattr(module, name, called)
+    return calls
 
 
-def test_an_unknown_reference_is_an_error():
-    import nbformat
+def test_a_run_stopped_at_every_moment_in_turn_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
+    _, record = whole
+    monkeypatch.setattr(runs, "_Clock", CountedClock)
+    measured, stops = spy(monkeypatch, runs, "evaluate"), []
+    CALLS.clear()
+    for looks in (0, 1, 2, 3, 2, 1, 2, 1, 1):
+        assert run(HYBRID, tmp_path, minutes=looks) is None
+        assert not list(tmp_path.glob("*/*/seed*.json"))  # no record of an unfinished run
+        trained, begun = (len(list(tmp_path.glob(f"shapes/*/seed0/{name}"))) for name in ("trained.json", "checkpoint-*"))
+        path = HYBRID.folder(tmp_path) / "measured.json"
+        known = json.loads(path.read_text()) if path.exists() else {"evaluations": []}
+        stops.append((trained, begun, len(known["evaluations"]), "first" in known))
+    assert stops == [
+        (0, 0, 0, False), (0, 0, 0, False), (0, 1, 0, False), (1, 2, 0, False),  # before and within either training
+        (2, 2, 0, False), (2, 2, 0, False), (2, 2, 1, False), (2, 2, 2, False),  # before, within and between evaluations
+        (2, 2, 2, True)]  # and between the studies
+    assert results(run(HYBRID, tmp_path, minutes=1)) == results(record)
+    assert len(measured) == 2 and CALLS == ["first", "second"]  # nothing was measured twice
 
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("see @fig-nowhere")])
-    with pytest.raises(KeyError):
-        resolve_references(nb, {})
+
+def test_a_limit_in_minutes_stops_and_the_same_command_continues(tmp_path):
+    assert run(COARSE, tmp_path, minutes=0) is None
+    assert not list(tmp_path.glob("*/*/seed*.json"))
+    assert run(COARSE, tmp_path, minutes=10)["evaluations"]
 
 
-def test_the_bibliography_is_read_whole():
-    text = (runs.results_folder().parent / "refs.bib").read_text()
-    found = read_bibliography(text)
-    assert len(found) == len(re.findall(r"^@", text, flags=re.M))
-    assert all({"author", "title", "year"} <= set(fields) for fields in found.values())
+@pytest.mark.parametrize("when", ["first", "second"])
+def test_a_run_that_died_in_a_study_goes_on_from_there(whole, tmp_path, monkeypatch, when):
+    _, record = whole
+
+    def die(model, material):
+        raise RuntimeError("killed")
+    with monkeypatch.context() as patch:
+        patch.setitem(runs.STUDIES, when, die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(HYBRID, tmp_path)
+    assert not list(tmp_path.glob("*/*/seed*.json"))
+    for name in ("train", "evaluate"):
+        monkeypatch.setattr(runs, name, None)  # which may not be called again
+    CALLS.clear()
+    assert results(run(HYBRID, tmp_path)) == results(record)
+    assert CALLS == (["first", "second"] if when == "first" else ["second"])
 
 
-def test_report_outside_a_clone(monkeypatch, tmp_path):
-    monkeypatch.setattr("hybridvae.core.project_root", lambda: tmp_path)
-    with pytest.raises(HybridVAEError, match="needs a clone"):
-        render_report(tmp_path)
+def test_a_run_that_died_between_its_last_step_and_its_weights_needs_no_more_steps(tmp_path, monkeypatch):
+    whole = run(COARSE, tmp_path)
+    for path in (record_path(tmp_path, vars(COARSE)), *(COARSE.folder(tmp_path) / n for n in ("trained.json", "model.safetensors", "measured.json"))):
+        path.unlink()
+    monkeypatch.setattr(VAE, "reconstruct", lambda self, x: x)  # only to tell that measuring is done anew
+    again = run(COARSE, tmp_path)
+    assert again["weights_hash"] == whole["weights_hash"] and again["history"] == whole["history"]
+    assert again["heldout_reconstruction_mse"] == 0
+
+
+# --- networks that an entry depends on ------------------------------------------------------------------------------
+
+def test_a_dependency_without_weights_is_trained_again_and_named_by_the_weights_used(whole, tmp_path):
+    _, record = whole
+    first = run(COARSE, tmp_path)
+    folder = COARSE.folder(tmp_path)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    other = {**first, "weights_hash": "of another machine"}  # whose arithmetic differs in the last digit
+    write_record(tmp_path, other)
+    found = run(HYBRID, tmp_path)
+    assert found["depends_on"] == record["depends_on"] == {"vae": weights_hash(load_model(folder / "model.safetensors"))}
+    assert recorded(COARSE, tmp_path) == other  # a record says what was measured, and is left alone
+
+
+def test_weights_that_were_removed_are_made_again(tmp_path):
+    first = run(COARSE, tmp_path)
+    (COARSE.folder(tmp_path) / "model.safetensors").unlink()
+    assert run(COARSE, tmp_path) == {**first, **{k: v for k, v in recorded(COARSE, tmp_path).items() if k in TIMES}}
+    assert weights_hash(load_model(COARSE.folder(tmp_path) / "model.safetensors")) == first["weights_hash"]
+
+
+def test_measurements_of_other_weights_are_not_taken_over(tmp_path, monkeypatch):
+    "On another machine the same entry ends with slightly other weights: a record must not mix the two."
+    first = run(COARSE, tmp_path)
+    write_record(tmp_path, {**first, "weights_hash": "other"})
+    folder = COARSE.folder(tmp_path)
+    (folder / "measured.json").unlink()
+    (folder / "model.safetensors").unlink()
+    measured = spy(monkeypatch, runs, "evaluate")
+    record = run(COARSE, tmp_path)
+    assert len(measured) == len(COARSE.evaluations) == len(record["evaluations"]) and record["weights_hash"] == first["weights_hash"]
+
+
+def measuring(source, folder):
+    "The network that measures an entry whose feature network is `source`."
+    entry = dataclasses.replace(COARSE, dataset=source.dataset, features=source.experiment)
+    job = runs._Job([source, entry], folder, runs._Clock(None), True, False)
+    return job.measuring(entry, torch.device("cpu"))
+
+
+def test_a_shipped_feature_network_of_that_config_measures_and_nothing_is_trained(whole):
+    assert shipped_features("shapes") and not (whole[0] / "shapes" / "features").exists()
+
+
+def test_a_feature_network_of_another_config_or_name_is_trained(tmp_path):
+    small = {"kimg": 0.032, "batch_size": 16}
+    for i, change in enumerate([{"width": 4}, {"name": "unheard-of"}]):
+        source = dataclasses.replace(NETWORK, model={**NETWORK.model, **change}, train=small)
+        [network] = measuring(source, tmp_path / str(i))
+        kept = load_model(source.folder(tmp_path / str(i)) / "model.safetensors")
+        assert weights_hash(network) == weights_hash(kept) and network.config == build_model(source.model).config
+        for value in kept.state_dict().values():  # rounded as it would be shipped
+            assert not value.is_floating_point() or torch.equal(value, value.half().float())
+
+
+def test_a_shipped_encoder_without_its_projection_head_is_the_one_of_the_entry(tmp_path, monkeypatch):
+    model = {"model": "FaceEncoder", "name": "faces", "image_size": 32, "channels": [8, 8], "blocks": 1, "projection": 16}
+    monkeypatch.setenv("HYBRIDVAE_WEIGHTS", str(tmp_path / "weights"))
+    slim = FaceEncoder.from_config(model).slim()
+    save_model(slim, tmp_path / "weights" / "faces-features.safetensors", torch.float16)
+    source = dataclasses.replace(NETWORK, model=model, train={"kimg": 0.032, "batch_size": 16})
+    [network] = measuring(source, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    assert weights_hash(network) == weights_hash(load_model(tmp_path / "weights" / "faces-features.safetensors"))
+    [trained] = measuring(dataclasses.replace(source, model={**model, "blocks": 2}), tmp_path / "runs")
+    assert (tmp_path / "runs").exists() and trained.config["projection"] == 0  # measured with what would be shipped
+
+
+class InceptionStub(torch.nn.Module):
+    "Has Inception's name and interface, and nothing else of it."
+    name, num_features, classes = "inception", 6, 4
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features, self.head = torch.nn.Linear(3, 6), torch.nn.Linear(6, 4)
+
+    def forward(self, images):
+        return self.features(images.float().mean(dim=(2, 3)) / 255)
+
+    def logits(self, images):
+        return self.head(self(images))
+
+
+def test_inception_adds_its_metrics_beside_the_packages_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRIDVAE_INCEPTION", "somewhere.pth")
+    monkeypatch.setattr(runs, "load_inception", lambda device: InceptionStub().to(device))
+    metrics = run(COARSE, tmp_path)["evaluations"][0]["metrics"]
+    assert {"FID", "FID to held-out", "IS", "KID", "FD (shapes)", "FD (shapes) to training set", "KID (shapes)"} <= set(metrics)
+    assert {metrics[k]["feature_network"] for k in ("FID", "IS", "KID")} == {"inception"}
+    assert metrics["FID"]["hash"] == weights_hash(InceptionStub()) != metrics["FD (shapes)"]["hash"]
+    assert "training set" in metrics["FID"]["reference"] and "held-out" in metrics["FD (shapes)"]["reference"]
+
+
+# --- damaged files --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config_hash": 1', ""])
+@pytest.mark.parametrize("name", ["trained.json", "measured.json", "../seed0.json"])
+def test_a_damaged_file_is_named_in_one_sentence(whole, tmp_path, name, text):
+    folder = HYBRID.folder(tmp_path)
+    for source in HYBRID.folder(whole[0]).glob("*.*"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / source.name).write_bytes(source.read_bytes())
+    path = (folder / name).resolve()
+    path.write_text(text)
+    with complains(path, "remove it"):
+        run(HYBRID, tmp_path)
+    assert path.read_text() == text
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+class Camera(Model):
+    "Keeps the options it is asked to sample with; its images are noise."
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.weight, self.asked, self.image_shape = {"model": "Camera"}, torch.nn.Parameter(torch.zeros(1)), [], (3, 32, 32)
+
+    def sample(self, n, *, generator=None, **options):
+        self.asked.append((n, options))
+        return torch.randn(n, 3, 32, 32, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def eye():
+    network = load_features("shapes")
+    return network, {"held-out": describe(network, torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=generator()))}
+
+
+def look(model, eye, evaluation, **options):
+    return evaluate(model, [eye[0]], [eye[1]], evaluation, progress=False, precision="fp32", **options)
+
+
+def test_samples_come_in_whole_batches_and_their_surplus_is_not_measured(eye, monkeypatch):
+    model, checks, seen = Camera(), [], []
+    add = runs.ImageStatistics.add
+    monkeypatch.setattr(runs.ImageStatistics, "add", lambda self, images: seen.append(len(images)) or add(self, images))
+    found = look(model, eye, {"sampler": "ddim", "steps": 3, "n": 25, "eta": 0.5}, batch=10, check=lambda: checks.append(1))
+    assert model.asked == [(10, {"sampler": "ddim", "steps": 3, "eta": 0.5})] * 3 and len(checks) == 3
+    assert seen == [10, 10, 5] and (found["n"], found["nfe"], found["batch"]) == (25, 3, 10)
+
+
+def test_an_evaluation_follows_its_seed(eye):
+    metrics = lambda seed: look(Camera(), eye, {"sampler": "ddim", "steps": 1, "n": 20}, batch=10, seed=seed)["metrics"]
+    assert metrics(0) == metrics(0) != metrics(1)
+
+
+def test_options_reach_the_model_and_the_prior_is_fitted(monkeypatch, tmp_path):
+    asked = []
+    plain = VAE.sample
+    monkeypatch.setattr(VAE, "sample", lambda self, n, **options: asked.append(options.get("prior")) or plain(self, n, **options))
+    run(COARSE, tmp_path)
+    fitted = [type(prior).__name__ for prior in asked]
+    assert fitted[:4] == ["NoneType", "NoneType", "GaussianMixture", "GaussianMixture"]  # 20 images, 12 at a time
+    weights = []
+    guided = DiffuseVAE.guided
+    monkeypatch.setattr(DiffuseVAE, "guided", lambda self, x_hat, z, weight: weights.append(weight) or guided(self, x_hat, z, weight))
+    run(HYBRID, tmp_path)
+    assert weights[:3] == [1.0, 1.0, 2.0] and set(weights[3:]) == {1.0}  # studies and pictures are not guided
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, 0.5, 1.0, 2.0])
+def test_nfe_counts_the_networks_evaluations(eye, weight):
+    model, calls = build_model(HYBRID.model).eval(), []
+    model.unet.register_forward_hook(lambda *args: calls.append(1))
+    evaluation = {"sampler": "dpmpp", "steps": 3, "n": 8} | ({} if weight is None else {"guidance_weight": weight})
+    assert look(model, eye, evaluation, batch=8)["nfe"] == len(calls) == (6 if weight in (0.5, 2.0) else 3)
+    assert look(Camera(), eye, {"sampler": None, "steps": 1, "n": 8}, batch=8)["nfe"] == 0  # one shot
+
+
+# --- what tables make of records ------------------------------------------------------------------------------------
+
+def a_record(experiment="a", seed=0, value=1.0, digest="x", model="DDPM"):
+    metrics = {"FD (shapes)": {"value": value, "hash": digest, "feature_network": "shapes"},
+               "FD (shapes) to training set": {"value": 9.0, "hash": digest, "feature_network": "shapes"}}
+    first = {"sampler": None, "steps": 1} if model == "VAE" else {"sampler": "dpmpp", "steps": 20}
+    few = [{**first, "n": 50, "prior": "ex-pde", "nfe": 20, "seconds_per_image": 0.1, "metrics": metrics}]
+    return {"experiment": experiment, "seed": seed, "config": {"model": {"model": model}},
+            "evaluations": [{**first, "n": 100, "nfe": 20, "seconds_per_image": 0.5, "metrics": metrics}, *few]}
+
+
+def test_an_evaluation_is_found_by_exactly_its_options():
+    record = a_record()
+    assert evaluation_of(record, sampler="dpmpp", steps=20)["n"] == 100
+    assert evaluation_of(record, sampler="dpmpp", steps=20, prior="ex-pde")["n"] == 50
+    for asked in (dict(sampler="ddim", steps=20), dict(sampler="dpmpp", steps=20, n=50), dict(sampler="dpmpp")):
+        assert evaluation_of(record, **asked) is None
+
+
+def test_metrics_over_seeds_come_in_the_order_of_seeds_and_one_shot_models_are_among_them():
+    records = [a_record(seed=2, value=3.0), a_record(seed=0, value=1.0), a_record(seed=1, value=2.0), a_record("b"), a_record("c", model="VAE")]
+    asked = dict(sampler="dpmpp", steps=20)
+    assert metric_over_seeds(records, "a", "FD (shapes)", **asked) == [1.0, 2.0, 3.0]
+    assert metric_over_seeds(records, "c", "seconds_per_image", **asked) == [0.5]
+    assert metric_over_seeds(records, "a", "FID", **asked) == metric_over_seeds(records, "d", "FD (shapes)", **asked) == []
+
+
+def test_a_table_has_one_row_for_each_experiment_and_refuses_two_kinds_of_eyes():
+    records = [a_record(seed=s, value=v) for s, v in enumerate((1.0, 2.0, 6.0))] + [a_record("b", value=4.0)]
+    table = results_table(records)
+    assert list(table.index) == ["a", "b"] and list(table["seeds"]) == [3, 1]
+    assert table.loc["a", "FD (shapes)"] == f"3.00 ± {np.std([1, 2, 6], ddof=1):.2f}" and table.loc["b", "FD (shapes)"] == "4.00"
+    assert "FD (shapes) to training set" not in table and table.loc["b", "ms per image"] == "500.00"
+    with complains("records of a", "different feature networks"):
+        results_table([a_record(), a_record(seed=1, digest="y")])
+
+
+def test_a_claim_needs_three_seeds_and_lists_that_do_not_overlap():
+    assert beyond_spread([1, 2, 3], [4, 5, 6]) and beyond_spread([4, 5, 6], [1, 2, 3])
+    assert beyond_spread([1, 2, 5], [4, 5, 6]) is False
+    assert beyond_spread([1, 2], [4, 5, 6]) is None is beyond_spread([1, 2, 3], [9])
+    assert mean_and_spread([1234.5]) == "1,234.50" and mean_and_spread([1.0, 3.0], 1) == f"2.0 ± {np.std([1, 3], ddof=1):.1f}"
+
+
+def test_a_failed_training_leaves_no_record(tmp_path, monkeypatch):
+    terms = VAE.elbo_terms
+    monkeypatch.setattr(VAE, "elbo_terms", lambda self, x, eps: {k: v * float("nan") for k, v in terms(self, x, eps).items()})
+    with pytest.raises(HybridVAEError, match="not finite"):
+        run(COARSE, tmp_path)
+    assert not list(tmp_path.glob("*/*/seed*.json"))

@@ -1,0 +1,394 @@
+"""The campaign: its queue and states, running and continuing, the dry run of everything, and every model at its real size."""
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hybridvae
+import numpy as np
+import pytest
+import torch
+from conftest import complains, generator
+from hybridvae import campaign, runs
+from hybridvae.campaign import TINY, dry_run, listing, measure_throughput, queue, run_campaign, shrink, stand_in_data, state, throughput
+from hybridvae.core import RECORD_KEYS, Draws, build_model, config_hash, count_parameters, record_path, write_record
+from hybridvae.data import load_data
+from hybridvae.metrics import count_flops
+from hybridvae.runs import Entry, recorded
+from hybridvae.training import compile_networks, eager
+from hybridvae.unet import UNet
+
+ROOT = Path(__file__).parents[1]
+ENTRIES = queue()
+VAE = {"model": "VAE", "image_size": 32, "z_dim": 4, "width": 4, "multipliers": [1, 2], "patch": 4}
+UNET = {"image_size": 32, "width": 8, "multipliers": [1], "attention": [], "patch": 4}
+TRAIN = {"kimg": 0.032, "batch_size": 8}
+
+
+def entry(name="vae", seed=0, **changes):
+    "A tiny entry that evaluates nothing."
+    return Entry(name, "shapes", **{"model": VAE, "train": TRAIN, "seed": seed, **changes})
+
+
+def a_record(e, **changes):
+    "A record of that entry, complete."
+    return {**dict.fromkeys(RECORD_KEYS, 0), "experiment": e.experiment, "dataset": e.dataset, "subset": e.subset, "seed": e.seed,
+            "config": e.config, "config_hash": config_hash(e.config), "evaluations": list(e.evaluations),
+            **dict.fromkeys(e.studies, 1), **changes}
+
+
+@pytest.fixture
+def committed(monkeypatch, tmp_path):
+    "A folder in place of the committed records."
+    folder = tmp_path / "committed"
+    monkeypatch.setattr(campaign, "record_roots", lambda: [folder])
+    return folder
+
+
+# --- the queue ------------------------------------------------------------------------------------------------------
+
+def test_the_queue_holds_every_entry_once_in_the_order_of_priority():
+    assert [e.priority for e in ENTRIES] == sorted(e.priority for e in ENTRIES)
+    assert {e.dataset for e in ENTRIES} == set(campaign.DATASETS) and not any(e.experiment.endswith("-cpu") for e in ENTRIES)
+    keys = [(e.dataset, e.experiment, e.seed) for e in ENTRIES]
+    assert len(set(keys)) == len(keys)
+    for data in campaign.DATASETS:
+        assert queue(data) == [e for e in ENTRIES if e.dataset == data]
+    first = [(e.dataset, e.seed) for e in ENTRIES]
+    assert first.index(("cifar10", 0)) < first.index(("celeba64", 0)) < first.index(("cifar10", 1)) < first.index(("celeba256", 0))
+
+
+def test_what_an_entry_needs_comes_before_it():
+    for names in (campaign.DATASETS, ("shapes",), ("cifar10-cpu",)):
+        place = {(e.dataset, e.experiment, e.seed): i for i, e in enumerate(queue(*names))}
+        for e in queue(*names):
+            needed = [(e.dataset, name, e.seed) for name in e.depends_on.values()] + [(e.dataset, e.features, 0)] * bool(e.features)
+            assert all(place[key] < place[e.dataset, e.experiment, e.seed] for key in needed), e.experiment
+
+
+def test_a_data_set_without_entries_is_refused_and_the_known_ones_are_named():
+    assert all(e.dataset == "cifar10" and e.subset and e.experiment.endswith("-cpu") for e in queue("cifar10-cpu"))
+    with complains("'imagenet'", "cifar10", "cifar10-cpu", "shapes"):
+        queue("imagenet")
+
+
+NEW_STAGE = """
+from hybridvae.runs import Entry
+
+def experiments():
+    return [Entry("new", "cifar10", {"model": "VAE"}, {"kimg": 1}, priority=-1)]
+"""
+
+
+def test_a_new_stage_is_found_without_editing_another_file(tmp_path, monkeypatch):
+    (tmp_path / "zz_new_stage.py").write_text(NEW_STAGE)
+    (tmp_path / "_private.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.setattr(hybridvae, "__path__", [*hybridvae.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "hybridvae.zz_new_stage", raising=False)
+    try:
+        found = queue()
+        assert found[0].experiment == "new" and found[1:] == ENTRIES
+    finally:
+        sys.modules.pop("hybridvae.zz_new_stage", None)
+        vars(hybridvae).pop("zz_new_stage", None)
+
+
+# --- states ---------------------------------------------------------------------------------------------------------
+
+def test_every_state_of_an_entry_has_its_words(tmp_path, committed):
+    e = entry(evaluations=({"sampler": None, "steps": 1, "n": 2000},), studies=("readout",), train={"kimg": 0.08, "batch_size": 8})
+    own = tmp_path / "runs"
+    folder = e.folder(own)
+    words = lambda: state(e, own)
+    assert words() == "missing"
+    (folder / "checkpoint-4").mkdir(parents=True)
+    assert words() == "training, 40%"
+    (folder / "trained.json").write_text("{}")
+    assert words() == "trained"
+    write_record(own, a_record(e, evaluations=[], config_hash="another"))
+    assert words() == "trained"  # a record of another config says nothing
+    record = a_record(e, evaluations=[])
+    del record["readout"]
+    write_record(own, record)
+    assert words() == "missing: one shot 1, n = 2,000; readout"
+    write_record(own, a_record(e))
+    assert words() == "recorded"
+    record_path(own, vars(e)).unlink()
+    write_record(committed, a_record(e))
+    assert words() == "recorded"  # wherever the record is
+
+
+def test_the_listing_has_one_row_for_each_experiment(tmp_path, committed):
+    entries = [entry(), entry(seed=1), entry("other"), entry(subset=50)]
+    write_record(committed, a_record(entries[1]))
+    rows = listing(entries, tmp_path)
+    assert rows == [{"dataset": "shapes", "experiment": "vae", "seed 0": "missing", "seed 1": "recorded"},
+                    {"dataset": "shapes", "experiment": "other", "seed 0": "missing"},
+                    {"dataset": "shapes", "experiment": "vae", "seed 0": "missing"}]
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def ran(monkeypatch):
+    "Entries that were run by a stub of `run_entry`, which writes their record."
+    done = []
+
+    def run_entry(e, entries, runs, minutes, cpu, progress):
+        done.append((e.experiment, e.seed))
+        if e.experiment == "bad":
+            complain = {0: campaign.HybridVAEError("the loss is not finite: lower the rate."), 1: RuntimeError("out of\nmemory")}
+            raise complain[e.seed]
+        if e.experiment == "slow":
+            return None
+        write_record(runs, a_record(e))
+        return a_record(e)
+    monkeypatch.setattr(campaign, "run_entry", run_entry)
+    return done
+
+
+def test_what_is_recorded_here_or_committed_is_skipped(tmp_path, committed, ran):
+    entries = [entry("a"), entry("b"), entry("c"), entry("d")]
+    write_record(committed, a_record(entries[1]))
+    write_record(tmp_path / "runs", a_record(entries[2]))
+    write_record(committed, a_record(entries[3], config_hash="another"))
+    found = run_campaign(entries, tmp_path / "runs", progress=False)
+    assert [r["experiment"] for r in found] == ["a", "d"] and ran == [("a", 0), ("d", 0)]
+    assert run_campaign(entries, tmp_path / "runs", progress=False) == []
+
+
+def test_entries_that_fail_do_not_hold_up_the_others_and_are_reported(tmp_path, committed, ran, capsys):
+    entries = [entry("bad"), entry("a"), entry("bad", seed=1), entry("b")]
+    with complains("2 of the campaign's entries failed", "shapes bad seed 0: the loss is not finite"):
+        run_campaign(entries, tmp_path, progress=False)
+    assert ran == [("bad", 0), ("a", 0), ("bad", 1), ("b", 0)]
+    said = capsys.readouterr().out
+    assert "recorded: shapes a seed 0" in said and "shapes bad seed 1: RuntimeError" in said and "memory" in said
+    with complains("1 of the campaign's entries failed", "shapes bad seed 1", "RuntimeError"):
+        run_campaign(entries[2:], tmp_path, progress=False)
+
+
+def test_the_campaign_stops_where_an_entry_was_stopped_by_the_limit(tmp_path, committed, ran):
+    entries = [entry("a"), entry("slow"), entry("b")]
+    assert [r["experiment"] for r in run_campaign(entries, tmp_path, minutes=1, progress=False)] == ["a"]
+    assert ran == [("a", 0), ("slow", 0)]
+
+
+def test_no_entry_is_begun_after_the_limit_and_each_is_given_what_is_left(tmp_path, committed, ran, monkeypatch):
+    now, given, inner = [0.0], [], campaign.run_entry
+    monkeypatch.setattr(campaign.time, "monotonic", lambda: now[0])
+
+    def slow(e, entries, runs, minutes, *rest):
+        given.append(minutes)
+        now[0] += 120
+        return inner(e, entries, runs, minutes, *rest)
+    monkeypatch.setattr(campaign, "run_entry", slow)
+    entries = [entry(name) for name in "abcd"]
+    assert len(run_campaign(entries, tmp_path, minutes=5, progress=False)) == 3 and given == [5.0, 3.0, 1.0]
+    assert [r["experiment"] for r in run_campaign(entries, tmp_path, minutes=5, progress=False)] == ["d"]
+
+
+# --- the dry run ----------------------------------------------------------------------------------------------------
+
+def leaves(value, path=()):
+    "Every number and word of a nested config, by its path."
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in leaves(part, (*path, key)).items()}
+    if isinstance(value, (list, tuple)):
+        return {k: v for i, part in enumerate(value) for k, v in leaves(part, (*path, i)).items()}
+    return {path: value}
+
+
+def test_a_dry_run_changes_the_sizes_in_its_list_and_nothing_else():
+    changed = set()
+    for e in queue(*campaign.DATASETS, "shapes", "cifar10-cpu"):
+        small = shrink(e)
+        before, after = (leaves({f.name: getattr(v, f.name) for f in dataclasses.fields(v)}) for v in (e, small))
+        assert before.keys() == after.keys()
+        different = {path for path in before if before[path] != after[path] or type(before[path]) is not type(after[path])}
+        assert {path[-1] for path in different} <= set(TINY), e.experiment
+        for path in before:
+            if path[-1] in TINY:
+                assert after[path] == min(before[path], TINY[path[-1]])
+        changed |= {path[-1] for path in different}
+        assert (small.experiment, small.dataset, small.seed, small.priority) == (e.experiment, e.dataset, e.seed, e.priority)
+    assert changed == set(TINY)  # the list names nothing in vain
+
+
+@pytest.mark.parametrize("data", [*campaign.DATASETS, "shapes", "cifar10-cpu"])
+def test_what_differs_in_earnest_differs_in_the_dry_run_too(data):
+    entries = [shrink(e) for e in queue(data) if e.seed == 0]
+    names = {}
+    for e in entries:
+        names.setdefault(config_hash(e.config), []).append(e.experiment)
+    assert all(len(same) == 1 for same in names.values()), names
+
+
+def test_stand_in_images_are_of_every_size_and_split_and_gone_afterwards(monkeypatch):
+    monkeypatch.setenv("HYBRIDVAE_DATA", "before")
+    with pytest.raises(KeyboardInterrupt), stand_in_data() as folder:
+        for name, size in (("cifar10", 32), ("celeba64", 64), ("celeba256", 256)):
+            for split in ("train", "test"):
+                data = load_data(name, split)
+                assert data.images.shape[1:] == (size, size, 3) and len(data) >= 6 and data.images.std() > 50
+        raise KeyboardInterrupt
+    assert not folder.exists() and os.environ["HYBRIDVAE_DATA"] == "before"
+    monkeypatch.delenv("HYBRIDVAE_DATA")
+    with stand_in_data():
+        pass
+    assert "HYBRIDVAE_DATA" not in os.environ
+
+
+@pytest.mark.parametrize("data", [*campaign.DATASETS, "cifar10-cpu"])
+def test_every_entry_comes_through_a_dry_run_that_is_stopped_once(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_LAST", {}, raising=False)
+    entries = queue(data)
+    before = dry_run(entries, tmp_path, minutes=0.03)
+    assert len(before) < len(entries)  # it was stopped
+    after = dry_run(entries, tmp_path)
+    assert [(r["experiment"], r["seed"]) for r in before + after] == [(e.experiment, e.seed) for e in entries]
+    for e in map(shrink, entries):
+        record = recorded(e, tmp_path)
+        assert e.missing(record) == [] and (e.folder(tmp_path) / "model.safetensors").exists()
+        text = json.dumps(record)
+        assert "NaN" not in text and "Infinity" not in text
+        assert set(record["depends_on"]) == set(e.depends_on.values())
+        assert len(list(tmp_path.glob(f"{e.folder(tmp_path).parent.relative_to(tmp_path)}/seed{e.seed}*.[jp][pn]g"))) == (
+            0 if not e.evaluations else 2 if e.model["model"] == "DiffuseVAE" else 1)
+    assert dry_run(entries, tmp_path) == []  # all is recorded
+
+
+BARE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}: raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocker())
+import json
+import hybridvae.campaign as campaign
+entries = campaign.queue()[:2]
+records = campaign.dry_run(entries, "runs")
+print(json.dumps([hybridvae.__file__, [r["experiment"] for r in records], [[r["commit"], r["dirty"]] for r in records]]))
+"""
+NOT_NEEDED = ["nbdev", "fastcore", "execnb", "nflows", "torch_fidelity", "diffusers", "IPython", "ipykernel", "jupyter", "jupyter_client",
+              "jupyter_core", "nbformat", "nbconvert", "notebook", "pytest"]
+
+
+def test_a_dry_run_needs_only_what_a_bare_machine_has(tmp_path):
+    "A copy of the package without git, notebooks and development tools: what a borrowed machine with CUDA has."
+    for name in ("hybridvae", "weights"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PATH": "", "HYBRIDVAE_COMMIT": "abc123", "PYTHONPATH": str(tmp_path)}
+    environment.pop("HYBRIDVAE_RUNS", None)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", BARE.format(blocked=NOT_NEEDED)], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    file, names, commits = json.loads(done.stdout.splitlines()[-1])
+    assert Path(file).is_relative_to(tmp_path)
+    assert names == [e.experiment for e in ENTRIES[:2]] and commits == [["abc123", False]] * 2
+
+
+# --- the real sizes -------------------------------------------------------------------------------------------------
+
+FIRST = [e for e in ENTRIES if e.seed == 0]
+
+
+@pytest.mark.parametrize("e", FIRST, ids=[f"{e.dataset} {e.experiment}" for e in FIRST])
+def test_every_model_builds_learns_and_samples_at_its_real_size(e):
+    torch.manual_seed(0)
+    model = build_model(e.model).to(memory_format=torch.channels_last).train()
+    assert e.parameters is None or count_parameters(model, trainable=True) == pytest.approx(e.parameters, rel=0.1)
+    generates, size = hasattr(model, "image_shape"), load_size(e)
+    x = torch.rand(1 if generates else 2, 3, size, size, generator=generator()) * 2 - 1
+    losses = model.training_loss(x, torch.zeros(len(x)), draws=Draws(0, 0))
+    losses["loss"].backward()
+    assert all(v.isfinite() for v in losses.values())
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)
+    if generates:
+        assert model.image_shape == (3, size, size)
+        sample = model.eval().sample(1, sampler="dpmpp", steps=2, generator=generator())
+        assert sample.shape == (1, 3, size, size) and sample.isfinite().all() and sample.abs().max() <= 1
+
+
+def load_size(e):
+    return {"cifar10": 32, "celeba64": 64, "celeba256": 256}[e.dataset]
+
+
+@pytest.mark.parametrize("data, name, gflop", [("cifar10", "ddpm", 3.2), ("celeba64", "ddpm", 14.8), ("cifar10", "diffusevae-form1-z-full", 12.5),
+                                               ("celeba64", "diffusevae-form1-z-full", 53.8)])
+def test_a_forward_pass_costs_what_the_budgets_were_made_with(data, name, gflop):
+    config = next(e for e in FIRST if (e.dataset, e.experiment) == (data, name)).model["unet"]
+    with torch.device("meta"):  # operations are counted, not computed
+        unet, x = UNet(**config), torch.zeros(1, 3, config["image_size"], config["image_size"])
+        assert count_flops(unet, x, torch.zeros(1)) / 1e9 == pytest.approx(gflop, rel=0.1)
+
+
+# --- throughput -----------------------------------------------------------------------------------------------------
+
+HYBRID = entry("hybrid-full", model={"model": "DiffuseVAE", "vae": {k: v for k, v in VAE.items() if k != "model"}, "unet": UNET})
+
+
+def check(row, e, compiled):
+    assert (row["experiment"], row["dataset"], row["batch_size"], row["compiled"]) == (e.experiment, "shapes", 8, compiled)
+    model = build_model(e.model)
+    x = torch.zeros(1, 3, 32, 32)
+    assert row["flops_per_image"] == 3 * count_flops(lambda: model.training_loss(x)) > 0
+    assert row["parameters"] == count_parameters(model, trainable=True)
+    assert row["images_per_second"] > 0 and row["share_of_peak"] == pytest.approx(row["images_per_second"] * row["flops_per_image"] / 1e12)
+
+
+def test_throughput_counts_images_and_the_share_of_the_peak(monkeypatch):
+    check(throughput(HYBRID, seconds=0.2, peak=1e12, cpu=True), HYBRID, False)
+    assert throughput(HYBRID, seconds=0.01, cpu=True)["share_of_peak"] is None
+    ticks = iter(np.arange(0, 1000, 2.0))  # two seconds pass between any two looks at the clock
+    monkeypatch.setattr(campaign.time, "monotonic", lambda: next(ticks))
+    row = throughput(HYBRID, seconds=1, cpu=True)  # five steps of 8 images, then the clock is looked at twice
+    assert row["images_per_second"] == pytest.approx(40 / 4) and row["warm_up_seconds"] == 2
+
+
+def test_the_throughput_of_every_data_set_is_written(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(campaign, "throughput", lambda e, seconds, compiled, peak, cpu: seen.append((e.dataset, e.experiment)) or {"peak": peak})
+    path = measure_throughput(ENTRIES, tmp_path, peak=2.0, cpu=True)
+    content = json.loads(path.read_text())
+    assert path == tmp_path / "throughput.json" and content["rows"] == [{"peak": 2.0}] * len(seen) and content["device"]
+    assert set(seen) == {(d, n) for d in ("cifar10", "celeba64") for n in ("ddpm", "diffusevae-form1-z-full")} and len(seen) == 4
+
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++") or shutil.which("cl")), reason="needs a C++ compiler")
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_throughput_of_a_compiled_model():
+    check(throughput(HYBRID, seconds=0.2, compiled=True, peak=1e12, cpu=True), HYBRID, True)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_model_has_the_losses_of_the_eager_one_and_eager_context_does_without():
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    plain = build_model(HYBRID.model)
+    for p in plain.parameters():
+        p.data.add_(0.05 * torch.randn(p.shape, generator=generator()))  # also where layers start at zero
+    compiled = build_model(HYBRID.model)
+    compiled.load_state_dict(plain.state_dict())
+    compile_networks(compiled)
+    losses = lambda m, step, n=4: m.training_loss(torch.rand(n, 3, 32, 32, generator=generator(step)), draws=Draws(0, step))["loss"]
+    counters.clear()
+    for step in range(2):
+        torch.testing.assert_close(losses(compiled, step), losses(plain, step), rtol=1e-4, atol=1e-6)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs >= 3  # U-Net, encoder, decoder
+    with eager():
+        assert torch.equal(losses(compiled, 3, n=3), losses(plain, 3, n=3))  # another shape, not compiled
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert compiled.state_dict().keys() == plain.state_dict().keys()  # weights keep their names

@@ -1,0 +1,641 @@
+"""The command line: what each command writes, with tiny models, and one sentence for every mistake."""
+import copy
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+import typer
+from conftest import files_below, generator, randomised
+from PIL import Image
+from typer.testing import CliRunner
+
+from hybridvae import campaign as campaigns
+from hybridvae import cli, core, data, diffusevae, runs
+from hybridvae.cli import app, main, read_bibliography, render_report, resolve_references
+from hybridvae.core import HybridVAEError, load_model, save_model, to_uint8, weights_hash
+from hybridvae.diffusevae import DiffuseVAE
+from hybridvae.features import FeatureNetwork, load_features, weights_folder
+from hybridvae.metrics import extract, frechet_distance, slerp
+from hybridvae.priors import fit_mixture
+from hybridvae.unet import DDPM
+from hybridvae.vae import VAE
+
+TINY_VAE = {"image_size": 32, "z_dim": 4, "width": 8, "multipliers": [1, 2], "patch": 4}
+TINY_UNET = {"image_size": 32, "width": 16, "multipliers": [1], "attention": [], "patch": 4}
+TINY_TRAIN = {"kimg": 0.128, "batch_size": 32, "lr": 1e-3}
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    "All presets at a size that trains in a second, on few images."
+    presets = copy.deepcopy(core.PRESETS)
+    for preset in presets.values():
+        preset.update(vae=TINY_VAE, unet=TINY_UNET, n=60, n_curve=None, n_study=20, batch=60, seeds=[0],
+                      train=TINY_TRAIN, train_vae=TINY_TRAIN, train_features=TINY_TRAIN)
+    presets["cifar10-cpu"]["subset"] = 60
+    monkeypatch.setattr(core, "PRESETS", presets)
+    monkeypatch.setattr(diffusevae, "PRESETS", presets)
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 200, "test": 100})
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "A cache with a CIFAR-10 of 60 + 60 random images."
+    root = tmp_path / "cache"
+    (root / "cifar10").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        np.save(root / "cifar10" / f"{split}_images.npy", rng.integers(0, 256, (60, 32, 32, 3), np.uint8))
+        np.save(root / "cifar10" / f"{split}_labels.npy", rng.integers(0, 10, 60).astype(np.uint8))
+    monkeypatch.setenv("HYBRIDVAE_DATA", str(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    "Tiny untrained models as weights files: name -> path."
+    folder, small = tmp_path_factory.mktemp("weights"), TINY_UNET
+    models = {"vae": VAE(**TINY_VAE), "ddpm": DDPM(small), "hybrid": DiffuseVAE(TINY_VAE, small),
+              "guided": DiffuseVAE(TINY_VAE, small, form=2, z_guidance=True, cond_dropout=0.1),
+              "vae16": VAE(**TINY_VAE | {"image_size": 16}), "features": FeatureNetwork("shapes", classes=3, factors=True)}
+    return {name: save_model(randomised(model, 0.1), folder / f"{name}.safetensors") for name, model in models.items()}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    "A folder with twelve images, 40 x 36 pixels, and something else."
+    folder, rng = tmp_path / "photos", np.random.default_rng(1)
+    (folder / "more").mkdir(parents=True)
+    for i in range(12):
+        name = f"more/{i:02}.jpg" if i % 2 else f"{i:02}.png"
+        Image.fromarray(rng.integers(0, 256, (36, 40, 3), np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def words_of(words):
+    return [str(w) for word in words for w in (word.split() if isinstance(word, str) else [word])]
+
+
+def command(*words):
+    "What a command prints; it must succeed. Strings are split at spaces, paths are not."
+    answer = CliRunner().invoke(app, words_of(words))
+    assert answer.exit_code == 0, answer.output + repr(answer.exception)
+    return answer.output
+
+
+def sentence(capsys, monkeypatch, *words):
+    "What the installed command says on the error stream: one sentence, with status 2."
+    monkeypatch.setattr("sys.argv", ["hybridvae", *words_of(words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("hybridvae: ") and said.endswith(".\n") and said.count("\n") == 1, said
+    assert not re.search(r"\.\s+[A-Z]", re.sub(r"\(.*\)", "", said)), said
+    return said
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def tile(picture, row, column, size=32):
+    "One image of a grid, uint8 (3, size, size)."
+    top, left = row * (size + 1), column * (size + 1)
+    return torch.from_numpy(picture[top:top + size, left:left + size].copy()).permute(2, 0, 1)
+
+
+# --- help --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_option_and_its_examples_parse(name):
+    said = command(name, "--help")
+    for parameter in COMMANDS[name].params:
+        assert max(parameter.opts, key=len) in said or parameter.metavar in said
+    examples = re.findall(r"^ +hybridvae (\S+) ?(.*)$", said, flags=re.M)
+    assert 1 <= len(examples) <= 5
+    for command_name, line in examples:
+        assert command_name == name
+        given = COMMANDS[name].make_context(name, shlex.split(line)).params  # parsed, not run; a mistake raises
+        for shipped in filter(None, [given.get("weights"), given.get("vae")]):
+            assert shipped.endswith(".safetensors") or (weights_folder() / f"{shipped}.safetensors").exists()
+        for out in filter(None, [given.get("out")] if name in ("sample", "reconstruct", "interpolate") else []):
+            cli._check_target(out, grid_only=name != "sample")
+
+
+def test_examples_name_experiments_that_there_are():
+    for entries, pattern in (("shapes", "diffusevae-*"), ("shapes", "diffusevae-form1"), ("cifar10", "diffusevae-form1-cpu")):
+        assert cli._picked(cli._entries(entries), [pattern])
+
+
+def test_help_answers_without_torch():
+    program = ("import sys; from hybridvae.cli import app\n"
+               f"for words in ([], *([c] for c in {list(COMMANDS)})):\n"
+               "    app([*words, '--help'], standalone_mode=False)\n"
+               "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage:") == len(COMMANDS) + 1
+
+
+def test_usage_errors_end_with_status_2():
+    for line in ("run --nonsense", "run --minutes soon", "sample", "sample --weights x --n 0", "sample --weights x --sampler euler",
+                 "train --dataset shapes --model gan", "interpolate --weights x --n 1", "nothing"):
+        answer = CliRunner().invoke(app, line.split())
+        assert answer.exit_code == 2 and "Error:" in answer.output, line
+
+
+# --- data --------------------------------------------------------------------------------------------------------------
+
+def test_data_checks_and_describes(cache):
+    said = command("data cifar10")
+    assert "train: 60 images of 32 x 32 pixels, 10 classes" in said and "of 50,000 images" in said and str(cache / "cifar10") in said
+    assert "test: 100 images" in command("data shapes") and "nothing is stored" in command("data shapes")
+
+
+def test_a_folder_becomes_a_data_set_that_other_commands_know(cache, photos, tiny, tmp_path):
+    said = command("data folder --name flowers --image-size 32 --source", photos)
+    assert "train: 11 images of 32 x 32" in said and "test: 1 images of 32 x 32" in said
+    assert np.load(cache / "flowers" / "train_images.npy").shape == (11, 32, 32, 3)
+    assert "train: 11 images" in command("data flowers")
+    out = tmp_path / "own"
+    said = command("train --dataset flowers --model vae --kimg 0.064 --batch-size 8 --cpu --out", out)
+    assert load_model(out / "model.safetensors").config["z_dim"] == 4 and "preset cifar10" in said
+    assert "flowers, 11" in json.loads((out / "training.json").read_text())["data"]
+
+
+def test_celeba_from_the_official_files(cache, tmp_path):
+    folder = tmp_path / "official" / "celeba" / "img_align_celeba"
+    folder.mkdir(parents=True)
+    for number in (*range(1, 8), 162771, 162772):
+        Image.new("RGB", (178, 218), (number % 256, 0, 0)).save(folder / f"{number:06}.jpg")
+    said = command("data celeba64 --source", tmp_path / "official")
+    assert "train: 7 images of 64 x 64" in said and "test: 2 images of 64 x 64" in said and "centre crop" in said
+
+
+# --- run -----------------------------------------------------------------------------------------------------------------
+
+def test_run_without_a_name_lists_the_experiments_of_both_sizes():
+    assert {"features", "vae", "ddpm", "diffusevae-form1"} <= set(command("run").split())
+    assert {"vae", "vae-cpu", "diffusevae-form1-cpu"} <= set(command("run --dataset cifar10").split())
+
+
+def test_run_stops_at_its_limit_continues_and_leaves_a_record(tiny, tmp_path):
+    words = "run --experiment ddpm --cpu --runs", tmp_path
+    assert "the same command continues" in command(*words, "--minutes 0")
+    assert not list(tmp_path.glob("*/*/seed0.json"))
+    said = command(*words)
+    record = json.loads((tmp_path / "shapes" / "ddpm" / "seed0.json").read_text())
+    assert f"{record['evaluations'][0]['metrics']['FD (shapes)']['value']:.2f}" in said and "n = 60" in said
+    model = load_model(tmp_path / "shapes" / "ddpm" / "seed0" / "model.safetensors")
+    assert weights_hash(model) == record["weights_hash"]
+
+
+def test_run_finds_entries_of_cpu_size(tiny, cache, tmp_path):
+    command("run --dataset cifar10 --experiment vae-cpu --cpu --runs", tmp_path / "runs")
+    record = json.loads((tmp_path / "runs" / "cifar10-60" / "vae-cpu" / "seed0.json").read_text())
+    assert record["subset"] == 60 and "FD (cifar-cpu)" in record["evaluations"][0]["metrics"]
+
+
+# --- train ---------------------------------------------------------------------------------------------------------------
+
+def test_train_continues_to_the_same_weights_and_says_what_comes_next(tiny, tmp_path):
+    words = "train --dataset shapes --model ddpm --cpu --seed 3 --out"
+    assert "the same command continues" in command(words, tmp_path / "halves", "--minutes 0")
+    assert not (tmp_path / "halves" / "model.safetensors").exists()
+    command(words, tmp_path / "halves")
+    said = command(words, tmp_path / "whole")
+    halves, whole = (load_model(tmp_path / name / "model.safetensors") for name in ("halves", "whole"))
+    assert weights_hash(halves) == weights_hash(whole)
+    note = json.loads((tmp_path / "whole" / "training.json").read_text())
+    assert note["weights_hash"] == weights_hash(whole) and note["seed"] == 3 and note["kimg"] == 0.128
+    assert pixels(tmp_path / "whole" / "samples.png").shape == (65, 329, 3)  # two rows of ten
+    name, *following = shlex.split(re.search(r"next: hybridvae (.*)", said)[1])
+    COMMANDS[name].make_context(name, list(following))
+    command(name, *following, "--cpu")
+    assert pixels(tmp_path / "whole" / "more.png").shape == (263, 263, 3)
+
+
+def test_train_makes_a_hybrid_of_a_given_vae_or_trains_one_first(tiny, weights, tmp_path):
+    words = "train --dataset shapes --form 2 --z --cpu --out"
+    command(words, tmp_path / "given", "--vae", weights["vae"])
+    model = load_model(tmp_path / "given" / "model.safetensors")
+    assert weights_hash(model.vae) == weights_hash(load_model(weights["vae"])) and (model.form, model.z_guidance) == (2, True)
+    command(words, tmp_path / "both")
+    both = load_model(tmp_path / "both" / "model.safetensors")
+    assert weights_hash(both.vae) == weights_hash(load_model(tmp_path / "both" / "vae" / "model.safetensors"))
+    assert (tmp_path / "both" / "samples-pairs.png").exists()
+
+
+def test_presets_fit_every_image_size():
+    for size, name in ((32, "cifar10"), (64, "celeba64"), (128, "celeba256"), (256, "celeba256")):
+        preset = cli._preset("", "flowers", size)
+        assert preset["name"] == name
+        for config in ({"model": "VAE", **preset["vae"]}, {"model": "DDPM", "unet": preset["unet"], "diffusion": preset["diffusion"]}):
+            with torch.device("meta"):
+                assert cli._new_model(config, preset, 0).image_shape == (3, size, size)
+    assert cli._preset("", "cifar10", 32)["unet"] == core.PRESETS["cifar10"]["unet"] | {"image_size": 32}
+    assert cli._preset("shapes", "flowers", 64)["unet"]["attention"] == [8]  # at the same level
+
+
+# --- sample --------------------------------------------------------------------------------------------------------------
+
+def test_samples_are_those_of_the_model_and_repeat_with_their_seed(weights, tmp_path):
+    line = ("sample --cpu --n 5 --batch 3 --steps 3 --sampler ddim --weights", weights["hybrid"], "--out")
+    for name, seed in (("a.npz", 4), ("again.npz", 4), ("other.npz", 5)):
+        assert "5 images" in command(*line, tmp_path / name, "--seed", seed)
+    a, again, other = (np.load(tmp_path / name)["arr_0"] for name in ("a.npz", "again.npz", "other.npz"))
+    assert a.dtype == np.uint8 and a.shape == (5, 32, 32, 3)
+    assert np.array_equal(a, again) and not np.array_equal(a, other)
+    model, g = load_model(weights["hybrid"]), generator(4)
+    expected = torch.cat([model.sample(k, sampler="ddim", steps=3, generator=g) for k in (3, 2)])
+    assert np.array_equal(a, to_uint8(expected).permute(0, 2, 3, 1).numpy())
+
+
+def test_samples_come_as_a_grid_as_arrays_or_as_files(weights, tmp_path):
+    for name in ("x.npz", "x.png", "x.jpg", "files"):
+        command("sample --cpu --n 5 --weights", weights["vae"], "--out", tmp_path / "new" / name)
+    images, picture = np.load(tmp_path / "new" / "x.npz")["arr_0"], pixels(tmp_path / "new" / "x.png")
+    assert picture.shape == (65, 98, 3) == pixels(tmp_path / "new" / "x.jpg").shape
+    assert all(np.array_equal(tile(picture, i // 3, i % 3).permute(1, 2, 0), images[i]) for i in range(5))
+    assert files_below(tmp_path / "new" / "files") == [f"0000{i}.png" for i in range(5)]
+    assert all(np.array_equal(pixels(tmp_path / "new" / "files" / f"0000{i}.png"), images[i]) for i in range(5))
+
+
+def test_ex_pde_draws_codes_from_the_mixture_of_the_training_codes(weights, tmp_path):
+    command("sample --cpu --n 4 --prior ex-pde --dataset shapes --weights", weights["vae"], "--out", tmp_path / "x.npz")
+    vae = load_model(weights["vae"])
+    mixture = fit_mixture(vae.codes(data.load_data("shapes")), 20, 0)
+    expected = to_uint8(vae.decode(mixture.sample(4, generator(0))).detach()).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(np.load(tmp_path / "x.npz")["arr_0"], expected)
+
+
+def test_the_guidance_weight_reaches_the_sampler(weights, tmp_path):
+    for weight in (0, 1, 3):
+        command("sample --cpu --n 2 --steps 2 --weights", weights["guided"], "--guidance-weight", weight, "--out", tmp_path / f"{weight}.npz")
+    found = [np.load(tmp_path / f"{weight}.npz")["arr_0"] for weight in (0, 1, 3)]
+    expected = load_model(weights["guided"]).sample(2, steps=2, guidance_weight=3.0, generator=generator(0))
+    assert np.array_equal(found[2], to_uint8(expected).permute(0, 2, 3, 1).numpy())
+    assert not np.array_equal(found[0], found[1]) and not np.array_equal(found[1], found[2])
+
+
+def test_shipped_weights_have_names(tmp_path):
+    assert load_model(weights_folder() / "shapes-vae.safetensors").config == cli.load_generator("shapes-vae", cpu=True).config
+
+
+# --- reconstruct and interpolate -------------------------------------------------------------------------------------------
+
+def test_reconstructions_stand_below_their_images(weights, photos, tmp_path):
+    out = tmp_path / "r.png"
+    assert "3 images" in command("reconstruct --cpu --steps 2 --n 3 --weights", weights["hybrid"], "--images", photos, "--out", out)
+    picture = pixels(out)
+    assert picture.shape == (98, 98, 3)
+    first = Image.open(photos / "00.png").resize((32, 32), Image.Resampling.LANCZOS, box=(2, 0, 38, 36))
+    assert np.array_equal(tile(picture, 0, 0).permute(1, 2, 0), np.asarray(first))
+    model = load_model(weights["hybrid"])
+    x = torch.stack([tile(picture, 0, i) for i in range(3)]).float() / 127.5 - 1
+    x_hat, refined = map(to_uint8, model.reconstruct(x, steps=2, generator=generator(0)))
+    assert all(torch.equal(tile(picture, row, i), images[i]) for row, images in ((1, x_hat), (2, refined)) for i in range(3))
+
+
+def test_reconstructions_of_the_held_out_part_and_of_a_vae(weights, tmp_path):
+    out = tmp_path / "r.png"
+    command("reconstruct --cpu --n 4 --dataset shapes --weights", weights["vae"], "--out", out)
+    picture = pixels(out)
+    assert picture.shape == (65, 131, 3)  # no refinement
+    test = data.load_data("shapes", "test").tensor()
+    assert all(torch.equal(tile(picture, 0, i), test[i]) for i in range(4))
+
+
+def test_a_path_of_codes_holds_the_noise(weights, tmp_path):
+    out = tmp_path / "i.png"
+    command("interpolate --cpu --steps 2 --n 5 --seeds 7 8 --seed 9 --weights", weights["hybrid"], "--out", out)
+    picture, model = pixels(out), load_model(weights["hybrid"])
+    a, b = (torch.randn(1, 4, generator=generator(s)) for s in (7, 8))
+    z = torch.cat([slerp(a, b, t) for t in (0, 0.25, 0.5, 0.75, 1)])
+    noise = torch.randn(1, 3, 32, 32, generator=generator(9))
+    for row, images in enumerate((model.vae.decode(z), model.refine(model.vae.decode(z), z, noise=noise.expand(5, -1, -1, -1), steps=2))):
+        assert all((tile(picture, row, i).int() - to_uint8(images)[i].int()).abs().max() <= 1 for i in range(5))
+
+
+def test_a_path_of_noises_holds_the_code(weights, tmp_path):
+    out = tmp_path / "i.png"
+    command("interpolate --cpu --steps 2 --n 3 --vary noise --seeds 7 8 --seed 9 --weights", weights["hybrid"], "--out", out)
+    picture, model = pixels(out), load_model(weights["hybrid"])
+    assert torch.equal(tile(picture, 0, 0), tile(picture, 0, 2)) and not torch.equal(tile(picture, 1, 0), tile(picture, 1, 2))
+    z, noise = torch.randn(1, 4, generator=generator(9)), torch.randn(1, 3, 32, 32, generator=generator(8))
+    last = to_uint8(model.refine(model.vae.decode(z), z, noise=noise, steps=2))[0]
+    assert (tile(picture, 1, 2).int() - last.int()).abs().max() <= 1
+
+
+def test_a_path_between_two_images_begins_and_ends_with_their_reconstructions(weights, photos, tmp_path):
+    ends = photos / "00.png", photos / "02.png"
+    command("interpolate --cpu --n 3 --weights", weights["vae"], "--images", *ends, "--out", tmp_path / "i.png")
+    command("reconstruct --cpu --weights", weights["vae"], "--images", ends[0], "--images", ends[1], "--out", tmp_path / "r.png")
+    path, reconstructions = pixels(tmp_path / "i.png"), pixels(tmp_path / "r.png")
+    for on_path, number in ((0, 0), (2, 1)):
+        assert (tile(path, 0, on_path).int() - tile(reconstructions, 1, number).int()).abs().max() <= 1
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------------
+
+def test_evaluate_measures_what_sample_draws(weights, tmp_path):
+    said = command("evaluate --cpu --dataset shapes --n 20 --steps 2 --batch 20 --weights", weights["ddpm"], "--json", tmp_path / "m.json")
+    found = json.loads((tmp_path / "m.json").read_text())
+    value = found["metrics"]["FD (shapes)"]["value"]
+    assert f"{value:.4f}" in said and "n = 20" in said and "held-out, 100 images" in said and "FID" not in said
+    g = generator(core.derive_seed("evaluate", 0))
+    images = to_uint8(load_model(weights["ddpm"]).sample(20, steps=2, generator=g))
+    network = load_features("shapes")
+    expected = frechet_distance(extract(network, images), extract(network, data.load_data("shapes", "test").tensor()))
+    assert value == pytest.approx(expected, rel=1e-4)
+    assert found["weights_hash"] == weights_hash(load_model(weights["ddpm"])) and found["nfe"] == 2
+
+
+def test_evaluate_images_that_are_there(weights, tmp_path):
+    test = data.load_data("shapes", "test")
+    np.savez(tmp_path / "real.npz", arr_0=test.images)
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(test.images):
+        Image.fromarray(image).save(tmp_path / "real" / f"{i:03}.png")
+    by_file, by_folder = (command("evaluate --cpu --dataset shapes --images", tmp_path / name, "--json", tmp_path / "m.json")
+                          for name in ("real.npz", "real"))
+    assert by_file.splitlines()[1:] == by_folder.splitlines()[1:]
+    metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
+    assert abs(metrics["FD (shapes)"]["value"]) < 1e-3 and metrics["precision (shapes)"]["value"] == 1  # they are the reference
+    other = command("evaluate --cpu --dataset shapes --n 50 --images", tmp_path / "real.npz", "--features", weights["features"])
+    assert "n = 50" in other and other.splitlines()[1:] != by_file.splitlines()[1:]
+
+
+# --- campaign --------------------------------------------------------------------------------------------------------------
+
+def test_campaign_runs_what_is_missing_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "results_folder", lambda: tmp_path / "none")
+    words = "campaign --cpu --dataset shapes --experiment vae --runs", tmp_path / "runs"
+    assert "0 of 2 entries recorded, 2 missing" in command(*words, "--list")
+    assert "0 of 2" in command(*words, "--minutes 0")
+    assert "2 of 2 entries recorded, 0 missing; the same command continues." in command(*words)
+    written = (tmp_path / "runs" / "shapes" / "vae" / "seed0.json").stat().st_mtime_ns
+    assert "recorded: " not in command(*words)
+    assert (tmp_path / "runs" / "shapes" / "vae" / "seed0.json").stat().st_mtime_ns == written
+    listed = command(*words, "--list")
+    assert re.search(r"shapes +vae +recorded", listed)
+
+
+def test_a_filter_keeps_what_is_depended_on():
+    entries = campaigns.queue("cifar10")
+    picked = cli._picked(entries, ["diffusevae-form2*"])
+    names = {e.experiment for e in picked}
+    assert {"features", "vae", "diffusevae-form2", "diffusevae-form2-z"} <= names and not {"ddpm", "diffusevae-form1"} & names
+    assert picked == [e for e in entries if e in picked]  # in their order
+    assert {e.seed for e in picked if e.experiment == "vae"} == {e.seed for e in picked if e.experiment == "diffusevae-form2"}
+
+
+def test_a_dry_run_says_what_it_changes(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = command("campaign --dry-run --dataset cifar10-cpu --experiment features-cpu")
+    for name, value in campaigns.TINY.items():
+        assert f"{name} {value:g}" in said
+    assert "1 of 1 entries came through" in said and files_below(tmp_path) == []
+
+
+def test_throughput_is_measured_and_written(tiny, tmp_path, monkeypatch):
+    measure = campaigns.measure_throughput
+    monkeypatch.setattr(campaigns, "measure_throughput", lambda *args, **options: measure(*args, **options, seconds=0.1))
+    said = command("campaign --throughput --peak 0.1 --dataset shapes --experiment ddpm --cpu --runs", tmp_path)
+    [row] = json.loads((tmp_path / "throughput.json").read_text())["rows"]
+    assert f"{row['images_per_second']:,.0f} images a second" in said
+    assert row["share_of_peak"] == pytest.approx(row["images_per_second"] * row["flops_per_image"] / 1e11)
+    assert f"{row['share_of_peak']:.0%} of the peak" in said
+
+
+# --- report ----------------------------------------------------------------------------------------------------------------
+
+def test_report_over_a_fresh_study(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRIDVAE_RUNS", "")  # restored afterwards: the command sets it
+    said = command("report --cpu --runs", tmp_path)
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert said.strip().endswith("report.html")
+    text = re.sub(r"<(script|style).*?</\1>|<[^>]+>|data:image[^\"]+", " ", html, flags=re.S)
+    assert html.count("data:image/png") >= 3 and "Figure 1" in text and "Kingma" in text
+    assert not re.search(r"@(fig|tbl|sec)-|\[@|\{#", text)  # every reference is resolved
+    record = json.loads((tmp_path / "shapes" / "diffusevae-form1" / "seed0.json").read_text())
+    values = record["evaluations"][0]["metrics"]
+    assert f"{values['FD (shapes)']['value']:,.2f}" in text  # the numbers are this study's
+    assert {"condition_agreement", "prior_gap"} <= set(record) and not {"robustness", "path_length"} & set(record)
+
+
+def test_report_does_only_what_it_shows_and_takes_complete_records_as_they_are(tmp_path, monkeypatch):
+    asked, written = [], {}
+    entries = {name: runs.find_entry(campaigns.queue("shapes"), name) for name in cli.STUDY}
+    complete = {"config_hash": core.config_hash(entries["vae"].config), "evaluations": list(entries["vae"].evaluations)}
+    written["vae"] = complete | dict.fromkeys(entries["vae"].studies)
+    monkeypatch.setattr(runs, "recorded", lambda entry, *roots: written.get(entry.experiment))
+    monkeypatch.setattr(runs, "run_entry", lambda entry, *rest, **options: asked.append(entry))
+    monkeypatch.setattr(cli, "_summary", lambda record, runs: "")
+    monkeypatch.setattr(cli, "render_report", lambda runs: runs)
+    command("report --runs", tmp_path)
+    assert [e.experiment for e in asked] == ["ddpm", "diffusevae-form1"]
+    assert [e.evaluations for e in asked] == [entries[e.experiment].evaluations[:1] for e in asked]
+    assert asked[1].studies == ("condition_agreement", "prior_gap") and asked[1].config == entries["diffusevae-form1"].config
+
+
+def test_an_unknown_reference_is_an_error():
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("see @fig-nowhere")])
+    with pytest.raises(KeyError):
+        resolve_references(nb, {})
+
+
+def test_the_bibliography_is_read_whole():
+    text = (runs.results_folder().parent / "refs.bib").read_text()
+    found = read_bibliography(text)
+    assert len(found) == len(re.findall(r"^@", text, flags=re.M))
+    assert all({"author", "title", "year"} <= set(fields) for fields in found.values())
+
+
+def test_report_outside_a_clone(monkeypatch, tmp_path):
+    monkeypatch.setattr("hybridvae.core.project_root", lambda: tmp_path)
+    with pytest.raises(HybridVAEError, match="needs a clone"):
+        render_report(tmp_path)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def place(tmp_path, weights, photos, cache, monkeypatch):
+    "A folder with things that can be mistaken for others, in which the commands run."
+    monkeypatch.chdir(tmp_path)
+    for name, path in weights.items():
+        (tmp_path / f"{name}.safetensors").symlink_to(path)
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "here.txt").touch()
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((20, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 32, 32, 3), np.uint8))
+    np.savez(tmp_path / "named.npz", images=np.zeros((20, 32, 32, 3), np.uint8))
+    return tmp_path
+
+
+MISTAKES = [
+    ("data imagenet", r"'imagenet'.*choose from shapes, cifar10"),
+    ("data folder --source photos", "--name"),
+    ("data folder --source nowhere --name flowers", "nowhere"),
+    ("data folder --source photos --name flowers --image-size 33", "33"),
+    ("data folder --source photos --name flowers --image-size 64", "smaller than 64"),
+    ("data shapes --source photos", "--source"),
+    ("data flowers --source photos", "folder"),
+    ("data celeba64 --image-size 64", "--image-size"),
+    ("data celeba64 --source photos", "img_align_celeba"),
+    ("run --dataset imagenet --experiment vae", r"'imagenet'.*choose from shapes, cifar10"),
+    ("run --experiment gan", r"'gan'.*choose from .*ddpm"),
+    ("run --experiment vae --seed 7", "seed 7"),
+    ("run --experiment vae --runs file", "file"),
+    ("train --dataset imagenet", "imagenet"),
+    ("train --dataset shapes --preset huge", r"'huge'.*choose from shapes"),
+    ("train --dataset shapes --preset cifar10 --small", "--preset"),
+    ("train --dataset shapes --model vae --form 2", "--form"),
+    ("train --dataset shapes --model ddpm --no-z", "--z"),
+    ("train --dataset shapes --model ddpm --vae vae.safetensors", "--vae"),
+    ("train --dataset shapes --vae ddpm.safetensors", "ddpm.safetensors is no VAE"),
+    ("train --dataset shapes --vae vae16.safetensors", "32 x 32"),
+    ("train --dataset shapes --model vae --kimg 0", "kimg"),
+    ("train --dataset shapes --model vae --batch-size 12", "12"),
+    ("train --dataset shapes --model vae --out file", "file"),
+    ("sample --weights nothing", r"'nothing'.*shapes-diffusevae, shapes-vae\."),
+    ("sample --weights empty", "empty is a folder"),
+    ("sample --weights broken.safetensors", "broken"),
+    ("sample --weights features.safetensors", "no images"),
+    ("sample --weights shapes-features", "no images"),
+    ("sample --weights hybrid.safetensors --steps 0", "steps is 0: choose from 1 to 1000"),
+    ("sample --weights hybrid.safetensors --steps 1001", "steps is 1001"),
+    ("sample --weights hybrid.safetensors --guidance-weight 2", "cond_dropout"),
+    ("sample --weights vae.safetensors --guidance-weight 2", "cond_dropout"),
+    ("sample --weights vae.safetensors --prior ex-pde", "--dataset"),
+    ("sample --weights vae.safetensors --dataset shapes", "--prior"),
+    ("sample --weights ddpm.safetensors --prior ex-pde --dataset shapes", "latent code"),
+    ("sample --weights vae16.safetensors --prior ex-pde --dataset shapes", "16 x 16"),
+    ("sample --weights vae.safetensors --out x.bmp", "x.bmp"),
+    ("sample --weights vae.safetensors --out file/x.png", "file"),
+    ("sample --weights vae.safetensors --out file", "file is there already"),
+    ("sample --weights vae.safetensors --out full", "full is there already"),
+    ("reconstruct --weights hybrid.safetensors", "--images or from --dataset"),
+    ("reconstruct --weights hybrid.safetensors --images photos --dataset shapes", "one of the two"),
+    ("reconstruct --weights hybrid.safetensors --images nowhere.png", "nowhere.png"),
+    ("reconstruct --weights hybrid.safetensors --images broken.png", "broken.png"),
+    ("reconstruct --weights hybrid.safetensors --images empty", "empty holds no images"),
+    ("reconstruct --weights hybrid.safetensors --dataset cifar10 --n 61", "61"),
+    ("reconstruct --weights ddpm.safetensors --dataset shapes", "latent code"),
+    ("reconstruct --weights vae16.safetensors --dataset shapes", "16 x 16"),
+    ("reconstruct --weights hybrid.safetensors --dataset shapes --steps 0", "steps is 0"),
+    ("reconstruct --weights hybrid.safetensors --dataset shapes --out x.npz", "x.npz"),
+    ("interpolate --weights ddpm.safetensors", "latent code"),
+    ("interpolate --weights vae.safetensors --vary noise", "no noise"),
+    ("interpolate --weights hybrid.safetensors --images photos/00.png photos/02.png --vary noise", "--images"),
+    ("interpolate --weights hybrid.safetensors --images photos/00.png photos/02.png --seeds 1 2", "--seeds"),
+    ("interpolate --weights hybrid.safetensors --images photos/00.png nowhere.png", "nowhere.png"),
+    ("interpolate --weights hybrid.safetensors --out empty", "empty"),
+    ("evaluate --dataset shapes", "one of the two"),
+    ("evaluate --dataset shapes --weights vae.safetensors --images photos", "one of the two"),
+    ("evaluate --dataset shapes --images photos", "40 x 36"),
+    ("evaluate --dataset shapes --images small.npz", "16, 16"),
+    ("evaluate --dataset shapes --images few.npz", "3 images"),
+    ("evaluate --dataset shapes --images named.npz", "arr_0"),
+    ("evaluate --dataset shapes --images file", "file"),
+    ("evaluate --dataset shapes --images nowhere", "nowhere"),
+    ("evaluate --dataset shapes --images photos --steps 5", "--steps"),
+    ("evaluate --dataset shapes --weights vae16.safetensors", "16 x 16"),
+    ("evaluate --dataset shapes --weights hybrid.safetensors --steps 0", "steps is 0"),
+    ("evaluate --dataset shapes --weights vae.safetensors --features nothing", "nothing"),
+    ("evaluate --dataset shapes --weights vae.safetensors --features ddpm.safetensors", "measures nothing"),
+    ("evaluate --dataset shapes --weights vae.safetensors --inception nowhere.pth", "nowhere.pth"),
+    ("evaluate --dataset shapes --weights vae.safetensors --json empty", "empty is a folder"),
+    ("evaluate --dataset shapes --weights vae.safetensors --json file/m.json", "file"),
+    ("campaign --dataset imagenet", "imagenet"),
+    ("campaign --dataset shapes --experiment gan", r"'gan'.*choose from"),
+    ("campaign --list --dry-run", "--dry-run and --list"),
+    ("campaign --peak 100", "--peak"),
+    ("campaign --throughput --minutes 3", "--minutes"),
+]
+
+
+@pytest.mark.parametrize("line, says", MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(line, says, place, capsys, monkeypatch):
+    before = files_below(place)
+    assert re.search(says, sentence(capsys, monkeypatch, line))
+    assert files_below(place) == before
+
+
+def test_a_campaign_for_a_gpu_does_not_start_without_one(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in sentence(capsys, monkeypatch, "campaign --dataset cifar10")
+
+
+def test_a_data_set_without_a_feature_network_says_so(place, capsys, monkeypatch):
+    (place / "cache" / "flowers").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(place / "cache" / "cifar10" / f"{split}_images.npy", place / "cache" / "flowers")
+    assert "--features" in sentence(capsys, monkeypatch, "evaluate --dataset flowers --weights vae.safetensors")
+    assert "n = 10" in command("evaluate --cpu --dataset flowers --n 10 --weights vae.safetensors --features shapes")
+
+
+def test_a_training_folder_is_not_used_for_another_training(tiny, cache, tmp_path, capsys, monkeypatch):
+    words = "--model vae --cpu --out", tmp_path / "run"
+    command("train --dataset shapes", *words)
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    for line in ("train --dataset cifar10", "train --dataset shapes --lr 0.5", "train --dataset shapes --seed 1"):
+        assert "another training" in sentence(capsys, monkeypatch, line, *words)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_damaged_cache_gets_one_sentence(cache, capsys, monkeypatch):
+    path = cache / "cifar10" / "train_images.npy"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "train_images.npy" in sentence(capsys, monkeypatch, "data cifar10")
+
+
+def test_what_a_model_says_of_a_bad_option_is_the_sentence(weights, tmp_path, capsys, monkeypatch):
+    def sample(self, n, **options):
+        raise ValueError("colour is 'plaid': choose red or blue")
+
+    monkeypatch.setattr(DDPM, "sample", sample)
+    assert "colour is 'plaid': choose red or blue." in sentence(capsys, monkeypatch, "sample --weights", weights["ddpm"], "--out", tmp_path / "x.png")
+    assert files_below(tmp_path) == []
+
+
+def test_a_full_gpu_gets_one_sentence(weights, tmp_path, capsys, monkeypatch):
+    def sample(self, n, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(DDPM, "sample", sample)
+    assert "--batch" in sentence(capsys, monkeypatch, "sample --weights", weights["ddpm"], "--out", tmp_path / "x.png")
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(DDPM, "sample", lambda self, n, **options: 1 / 0)
+    monkeypatch.setattr("sys.argv", ["hybridvae", "sample", "--weights", str(weights["ddpm"]), "--out", str(tmp_path / "x.png")])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_a_stopped_write_leaves_what_was_there(weights, tmp_path, monkeypatch):
+    (tmp_path / "x.npz").write_bytes(b"from before")
+    monkeypatch.setattr(np, "savez", lambda path, **arrays: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    answer = CliRunner().invoke(app, words_of(["sample --cpu --n 2 --weights", weights["vae"], "--out", tmp_path / "x.npz"]))
+    assert isinstance(answer.exception, HybridVAEError) and "No space" in str(answer.exception)
+    assert files_below(tmp_path) == ["x.npz"] and (tmp_path / "x.npz").read_bytes() == b"from before"
