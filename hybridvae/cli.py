@@ -15,6 +15,7 @@ import fnmatch
 import itertools
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -158,6 +159,7 @@ def _new_model(config: dict, preset: dict, seed: int):
     import torch
     from hybridvae.core import HybridVAEError, build_model, derive_seed
 
+    _import_stages()
     torch.manual_seed(derive_seed("init", seed))
     try:
         return build_model(config)
@@ -274,7 +276,7 @@ def train(
         print(f"stopped after {minutes:g} minutes; the same command continues.")
         return
     print(f"weights: {out / 'model.safetensors'}\nsamples: {out / 'samples.png'}\n"
-          f"next: hybridvae sample --weights {out / 'model.safetensors'} --n 64 --out {out / 'more.png'}")
+          f"next: {shlex.join(['hybridvae', 'sample', '--weights', str(out / 'model.safetensors'), '--n', '64', '--out', str(out / 'more.png')])}")
 
 
 def _only_vae(weights: str, image_size: int):
@@ -294,17 +296,11 @@ def load_generator(weights: str, cpu: bool = False):
 
     Raises `HybridVAEError` where there is none, or the file holds a feature network.
     """
-    import importlib
-    import pkgutil
-
-    import hybridvae
     import torch
     from hybridvae.core import HybridVAEError, load_model
     from hybridvae.features import FEATURE_WEIGHTS, weights_folder
 
-    for module in pkgutil.iter_modules(hybridvae.__path__):  # every stage, so that its models are known
-        if not module.name.startswith("_") and module.name != "cli":
-            importlib.import_module(f"hybridvae.{module.name}")
+    _import_stages()
     path, shipped = Path(weights), {p.stem: p for p in sorted(weights_folder().glob("*.safetensors"))}
     if not path.is_file():
         if weights not in shipped:
@@ -317,6 +313,18 @@ def load_generator(weights: str, cpu: bool = False):
     if not hasattr(model, "sample"):
         raise HybridVAEError(f"{weights} holds a {type(model).__name__}, which draws no images: give the weights of a generator.")
     return model.to(_device(cpu), memory_format=torch.channels_last)
+
+
+def _import_stages() -> None:
+    "Import all modules, so that every stage's models are known."
+    import importlib
+    import pkgutil
+
+    import hybridvae
+
+    for module in pkgutil.iter_modules(hybridvae.__path__):
+        if not module.name.startswith("_") and module.name != "cli":
+            importlib.import_module(f"hybridvae.{module.name}")
 
 
 def _device(cpu: bool):

@@ -248,6 +248,9 @@ def train(
     accelerator = Accelerator(cpu=cpu)
     device, world = accelerator.device, accelerator.num_processes
     model.to(device, memory_format=torch.channels_last)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.backends.cudnn.benchmark = True  # shapes are fixed: let it choose the fastest convolutions once
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cuda", "cpu"))
     average, run = Average(model), _Run(Path(run_dir), config, model, seed)

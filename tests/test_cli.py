@@ -151,6 +151,16 @@ def test_help_answers_without_torch():
     assert done.stdout.count("Usage:") == len(COMMANDS) + 1
 
 
+def test_a_fresh_process_knows_the_models_of_all_stages(weights, tmp_path):
+    program = ("from hybridvae.cli import app\n"
+               "from hybridvae import cli, core\n"
+               "preset = cli._preset('shapes', 'shapes', 32)\n"
+               "cli._new_model({'model': 'DiffuseVAE', 'vae': preset['vae'], 'unet': preset['unet']}, preset, 0)\n"
+               f"app(['sample', '--cpu', '--n', '1', '--steps', '1', '--weights', {str(weights['guided'])!r}, '--out', {str(tmp_path / 'x.png')!r}])")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "x.png").exists(), done.stderr
+
+
 def test_usage_errors_end_with_status_2():
     for line in ("run --nonsense", "run --minutes soon", "sample", "sample --weights x --n 0", "sample --weights x --sampler euler",
                  "train --dataset shapes --model gan", "interpolate --weights x --n 1", "nothing"):
@@ -378,6 +388,14 @@ def test_evaluate_images_that_are_there(weights, tmp_path):
     assert abs(metrics["FD (shapes)"]["value"]) < 1e-3 and metrics["precision (shapes)"]["value"] == 1  # they are the reference
     other = command("evaluate --cpu --dataset shapes --n 50 --images", tmp_path / "real.npz", "--features", weights["features"])
     assert "n = 50" in other and other.splitlines()[1:] != by_file.splitlines()[1:]
+
+
+def test_the_networks_that_measure(weights, monkeypatch):
+    monkeypatch.setattr("hybridvae.metrics.load_inception", lambda path, device: ("inception", path))
+    names = lambda *asked: [getattr(network, "name", network) for network in cli._feature_networks(*asked, torch.device("cpu"))]
+    assert names("shapes", "", None) == ["shapes"] == names("flowers", "shapes", None) == names("flowers", str(weights["features"]), None)
+    assert names("shapes", "", "w.pth") == ["shapes", ("inception", "w.pth")]
+    assert names("flowers", "", "w.pth") == [("inception", "w.pth")]  # it has no network of its own
 
 
 # --- campaign --------------------------------------------------------------------------------------------------------------

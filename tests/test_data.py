@@ -201,6 +201,8 @@ def test_factors_choose_their_images(small_shapes):
         parts = [part.mask(name, edges) for edges in itertools.pairwise(np.linspace(low, high + 1e-6, 4))]
         assert (sum(p.astype(int) for p in parts) == 1).all() and all(p.any() for p in parts)  # thirds share no image
         assert table[name][parts[0]].max() < table[name][parts[1]].min()
+    edge = float(table["hue"][0])  # the lower end belongs to a range, the upper does not
+    assert part.mask("hue", (edge, 0.8))[0] and not part.mask("hue", (-0.1, edge))[0]
 
 
 @pytest.mark.parametrize("arguments, words", [

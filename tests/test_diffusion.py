@@ -32,15 +32,15 @@ def network(x, t):
     return torch.tanh(0.7 * x.flip(-1) + 0.3 * torch.sin(t / 150.0)[:, None, None, None]) + 0.1 * x
 
 
-def diffusers_sample(scheduler, noise, steps, generator=None, **step_options):
-    "The last step's predicted image."
+def diffusers_sample(scheduler, noise, steps, generator=None, shift=0, **step_options):
+    "The last step's predicted image; the network sees y + shift."
     with double_precision():
         scheduler = scheduler()
         scheduler.set_timesteps(steps)
         y = noise
         for t in scheduler.timesteps:
             t = t if isinstance(scheduler, DPMSolverMultistepScheduler) else int(t)
-            out = network(y, torch.full((len(y),), int(t)))
+            out = network(y + shift, torch.full((len(y),), int(t)))
             step = scheduler.step(out, t, y, generator=generator, **step_options)
             y = step.prev_sample
     # With "trailing" spacing the last step starts above timestep 0, where DDPMScheduler still adds noise after its last
@@ -320,6 +320,35 @@ def test_the_generator_decides_the_noise_that_is_added(sampler):
 
 
 # --- form 2 ---------------------------------------------------------------------------------------------------------
+
+FORM_2 = {  # our sampler, its options; theirs, its options, and those of its steps
+    "ancestral, small variance": ("ancestral", dict(variance="small"), DDPMScheduler, dict(variance_type="fixed_small"), {}),
+    "ancestral, large variance": ("ancestral", dict(variance="large"), DDPMScheduler, dict(variance_type="fixed_large"), {}),
+    "DDIM": ("ddim", {}, DDIMScheduler, {}, dict(use_clipped_model_output=True)),
+    "DDIM, noisy": ("ddim", dict(eta=0.7), DDIMScheduler, {}, dict(eta=0.7, use_clipped_model_output=True)),
+    "DPM-Solver++": ("dpmpp", {}, DPMSolverMultistepScheduler, dict(
+        solver_order=2, thresholding=True, sample_max_value=1.0, final_sigmas_type="zero", lower_order_final=True), {})}
+
+
+@every_prediction
+@every_schedule
+@pytest.mark.parametrize("case", FORM_2.values(), ids=FORM_2)
+def test_every_sampler_of_form_2_is_that_of_diffusers_in_y_with_a_shifted_network(case, schedule, prediction):
+    sampler, options, scheduler, their, step_options = case
+    shift, their = normal(2), dict(their_options(schedule, prediction), **their)
+    for steps in (1, 2, 10, 20, 50):
+        found = GaussianDiffusion(schedule, prediction=prediction).sample(
+            network, normal(), sampler, steps, shift=shift, generator=generator(1), **options)
+        agree(found, diffusers_sample(lambda: scheduler(**their), normal(), steps, generator(1), shift, **step_options))
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_all_thousand_ancestral_steps_of_form_2_are_those_of_diffusers(variance):
+    options = dict(their_options("linear", "eps"), clip_sample=True, variance_type=f"fixed_{variance}")
+    found = GaussianDiffusion("linear", prediction="eps").sample(
+        network, normal(), "ancestral", 1000, shift=normal(2), variance=variance, generator=generator(1))
+    agree(found, diffusers_sample(lambda: DDPMScheduler(**options), normal(), 1000, generator(1), normal(2)))
+
 
 @every_prediction
 @pytest.mark.parametrize("sampler", SAMPLERS)
