@@ -321,16 +321,38 @@ def load_records(*roots: str | Path) -> list[dict]:
 
 # %% ../nbs/00a_core.ipynb #cell-036
 def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None) -> Path:
-    "Write weights and config to one safetensors file, atomically; `dtype=torch.float16` halves it."
+    """Write weights and config to one safetensors file, atomically.
+
+    `dtype=torch.float16` halves it. `torch.int8` quarters it: matrices and kernels become bytes with a scale for each output
+    channel, everything else stays as it is.
+    """
     from safetensors.torch import save_file
 
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    if dtype is not None:
+    if dtype == torch.int8:
+        state = _to_int8(state)
+    elif dtype is not None:
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     with atomic_path(path) as tmp:
         save_file(state, tmp, metadata={"config": json.dumps(model.config)})
         tmp.chmod(0o644)  # safetensors makes files that only their owner can read
     return Path(path)
+
+
+def _to_int8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    packed = dict(state)
+    for name, t in state.items():
+        if t.is_floating_point() and t.ndim > 1:
+            scale = t.flatten(1).abs().amax(dim=1).clamp(min=1e-12) / 127  # the largest weight of a channel becomes ±127
+            packed[name] = (t / scale.reshape(-1, *[1] * (t.ndim - 1))).round().to(torch.int8)
+            packed[f"{name}.int8_scale"] = scale
+    return packed
+
+
+def _from_int8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    scales = {name.removesuffix(".int8_scale"): t for name, t in state.items() if name.endswith(".int8_scale")}
+    dequantised = {name: state[name].float() * s.reshape(-1, *[1] * (state[name].ndim - 1)) for name, s in scales.items()}
+    return {name: dequantised.get(name, t) for name, t in state.items() if not name.endswith(".int8_scale")}
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
@@ -346,7 +368,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {})["config"])
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            state = _from_int8({name: file.get_tensor(name) for name in file.keys()})
         model = build_model(config)
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     except (SafetensorError, HybridVAEError, AttributeError, KeyError, ValueError, RuntimeError) as error:
@@ -354,7 +376,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
                              "train or download it again.") from error
     return model.eval().to(device)
 
-# %% ../nbs/00a_core.ipynb #cell-040
+# %% ../nbs/00a_core.ipynb #cell-042
 _COSINE = {"schedule": "cosine", "prediction": "v", "weighting": "min_snr"}
 _ABLATION = {"width": 64, "multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [16]}  # about 9M parameters
 _FULL = _ABLATION | {"width": 128, "dropout": 0.1}  # about 36M
@@ -423,7 +445,7 @@ PRESETS = {
     },
 }
 
-# %% ../nbs/00a_core.ipynb #cell-042
+# %% ../nbs/00a_core.ipynb #cell-044
 def budget(kimg: float) -> float:
     "`kimg` scaled by the environment variable `HYBRIDVAE_BUDGET`. Raises `HybridVAEError` unless that is a positive number."
     text = os.environ.get("HYBRIDVAE_BUDGET", "1")

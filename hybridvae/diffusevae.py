@@ -324,7 +324,8 @@ def _experiments(name: str, preset: dict, seed: int) -> list[Entry]:
                 priority=_priority(dataset, cpu, seed), **rest)
     found = [vae]
     if seed == 0:
-        found.insert(0, Entry(features, model=preset["features"], train=preset["train_features"], priority=vae.priority, **rest))
+        found.insert(0, Entry(features, model=preset["features"], train=preset["train_features"], priority=vae.priority,
+                              **rest | {"n_study": preset["n"]}))
 
     def add(experiment: str, kind: str, model: dict, order: int = 0, size: str = "", **changes):
         "A diffusion model of this preset; `size` names another U-Net and training."

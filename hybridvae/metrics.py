@@ -84,7 +84,8 @@ class ImageStatistics:
             raise HybridVAEError(f"images of {images.dtype} and shape {tuple(images.shape)} cannot be measured: "
                                  "give uint8 (B, 3, H, W), made with `to_uint8`.")
         images = images.to(next(self.network.parameters()).device)
-        features, logits = _both(self.network, images)
+        with torch.autocast(images.device.type, enabled=False):  # whoever samples in half precision is measured in full
+            features, logits = _both(self.network, images)
         found = {"features": features, "logits": logits, "high_frequency": high_frequency_power(images)}
         for name, value in found.items():
             if value is not None:
@@ -502,7 +503,8 @@ def path_length(
     t = torch.rand(len(codes_a), generator=generator, device=generator.device).to(codes_a.device)
 
     def look(codes):
-        return network((function(codes).to(device).clamp(-1, 1) + 1) * 127.5).double()
+        with torch.autocast(device.type, enabled=False):  # half precision is coarser than the step
+            return network((function(codes).to(device).clamp(-1, 1) + 1) * 127.5).double()
 
     squares = [(look(slerp(a, b, start + epsilon)) - look(slerp(a, b, start))).square().sum(dim=1) / epsilon**2
                for a, b, start in zip(codes_a.split(batch_size), codes_b.split(batch_size), t.split(batch_size))]

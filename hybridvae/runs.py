@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_parameters, derive_seed, load_model,
                             load_record, load_records, project_root, provenance, record_path, save_grid, save_model, to_uint8,
                             weights_hash, write_json, write_record)
-from .data import Batches, ImageData, load_data
+from .data import Batches, ImageData, data_root, load_data
 from .features import FEATURE_WEIGHTS, FeatureModel, load_features, shipped_features
 from .metrics import ImageStatistics, compare, count_flops, describe, distance_floors, distance_scale, load_inception
 from .training import TrainConfig, autocast, compile_networks, eager, train
@@ -301,7 +302,8 @@ class _Job:
         example = Batches(data.first(1), 1, entry.seed, device=model.device)(0, draws)
         landmarks = {}
         if isinstance(model, FeatureModel):
-            landmarks = {"floors": distance_floors(model, data, test), "scale": distance_scale(model, data, test)}
+            landmarks = {"floors": distance_floors(model, data, test, entry.n_study, _sources(data)),
+                         "scale": distance_scale(model, data, test)}
         return {
             "experiment": entry.experiment, "dataset": entry.dataset, "subset": entry.subset, "seed": entry.seed,
             "data": data.description, "config": entry.config, **trained,
@@ -320,6 +322,15 @@ class _Job:
             path = record_path(self.runs, vars(entry))
             path = path.with_name(path.stem + (name and f"-{name}") + (".png" if model.image_shape[-1] < 64 else ".jpg"))
             save_grid(images, path, columns=side)
+
+
+def _sources(data: ImageData) -> dict[str, np.ndarray] | None:
+    "CelebA-64's images by the size of their originals, where the numbers of the full-size ones are known: floors differ."
+    path = data_root() / "celeba256" / "train_ids.npy"
+    if data.name != "celeba64" or data.ids is None or not path.exists():
+        return None
+    full = np.isin(data.ids, np.load(path))
+    return {"full-size originals": full, "half-size originals": ~full} if 0 < full.sum() < len(full) else None
 
 
 _LAST: dict[str, tuple] = {}

@@ -442,8 +442,20 @@ def test_throughput_is_measured_and_written(tiny, tmp_path, monkeypatch):
 
 # --- report ----------------------------------------------------------------------------------------------------------------
 
-def test_report_over_a_fresh_study(tiny, tmp_path, monkeypatch):
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    "A clone of the repository in which only the feature network is recorded: records of other sizes stay out of the report."
+    here, there = core.project_root(), tmp_path / "clone"
+    shutil.copytree(here / "hybridvae", there / "hybridvae", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(here / "nbs" / "results" / "shapes" / "features", there / "nbs" / "results" / "shapes" / "features")
+    for name in ("07_report.ipynb", "refs.bib"):
+        shutil.copy(here / "nbs" / name, there / "nbs")
+    monkeypatch.setattr(core, "project_root", lambda: there)
+    monkeypatch.setenv("PYTHONPATH", str(there))
     monkeypatch.setenv("HYBRIDVAE_RUNS", "")  # restored afterwards: the command sets it
+
+
+def test_report_over_a_fresh_study(tiny, clone, tmp_path):
     said = command("report --cpu --runs", tmp_path)
     html = (tmp_path / "report" / "report.html").read_text()
     assert said.strip().endswith("report.html")

@@ -461,7 +461,8 @@ def test_the_readout_is_the_share_of_variance_that_least_squares_explains():
     ("KID", "faces", "held-out", "KID (faces)"), ("class score", "cifar", None, "class score (cifar)"),
     ("FD", "inception", "training set", "FID"), ("FD", "inception", "held-out", "FID to held-out"),
     ("FD", "inception", None, "FID"), ("KID", "inception", "held-out", "KID"), ("class score", "inception", None, "IS"),
-    ("precision", "inception", "held-out", "precision (inception)"), ("FD", "inception-1a2b3c4d", None, "FD (inception-1a2b3c4d)"),
+    ("precision", "inception", "held-out", "precision (inception)"),
+    ("FD", "inception-1a2b3c4d", None, "FD (inception-1a2b3c4d)"),
     ("high-frequency power", "cifar", "held-out", "high-frequency power"), ("recall", Plain(), None, "recall (plain)")])
 def test_only_inception_measures_fid_and_is(kind, network, reference, want):
     assert metric_name(kind, network, reference) == want
@@ -469,7 +470,12 @@ def test_only_inception_measures_fid_and_is(kind, network, reference, want):
 
 def test_a_comparison_says_what_was_compared_with_what():
     network = WithClasses()
-    sampled, held_out, train = (describe(network, shapes(n, start)) for n, start in ((40, 0), (60, 1000), (90, 5000)))
+    held_out_images = shapes(60, 1000).tensor().clone()
+    held_out_images[:40] //= 2  # the last twenty are unlike the first forty, which alone count for precision and the like
+    sampled, held_out, train = (describe(network, x) for x in (shapes(40), held_out_images, shapes(90, 5000)))
+    for metric in (precision_recall, density_coverage):
+        few, all_of_them = metric(sampled.features, held_out.features[:40]), metric(sampled.features, held_out.features)
+        assert all(few[name] != all_of_them[name] for name in few)
     found = compare(sampled, {"held-out": held_out, "training set": train}, network)
     features = lambda n: (sampled.features[:n], held_out.features[:n])
     want = {
@@ -481,7 +487,7 @@ def test_a_comparison_says_what_was_compared_with_what():
            {**precision_recall(*features(40)), **density_coverage(*features(40))}.items()},
         "diversity (plain)": (diversity(sampled.features, held_out.features), "held-out, 60 images"),
         "high-frequency power": ((high_frequency_power(shapes(40).tensor()).mean()
-                                  / high_frequency_power(shapes(60, 1000).tensor()).mean()).item(), "held-out, 60 images")}
+                                  / high_frequency_power(held_out_images).mean()).item(), "held-out, 60 images")}
     assert found.keys() == want.keys() and json.loads(json.dumps(found, allow_nan=False)) == found
     for name, (value, reference) in want.items():
         seen = (None, None) if name == "high-frequency power" else ("plain", found["FD (plain)"]["hash"])
