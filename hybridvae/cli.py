@@ -275,8 +275,8 @@ def train(
     if done is None:
         print(f"stopped after {minutes:g} minutes; the same command continues.")
         return
-    print(f"weights: {out / 'model.safetensors'}\nsamples: {out / 'samples.png'}\n"
-          f"next: {shlex.join(['hybridvae', 'sample', '--weights', str(out / 'model.safetensors'), '--n', '64', '--out', str(out / 'more.png')])}")
+    following = ["hybridvae", "sample", "--weights", str(out / "model.safetensors"), "--n", "64", "--out", str(out / "more.png")]
+    print(f"weights: {out / 'model.safetensors'}\nsamples: {out / 'samples.png'}\nnext: {shlex.join(following)}")
 
 
 def _only_vae(weights: str, image_size: int):
@@ -354,8 +354,8 @@ def _sampling(model, sampler: str, steps: int, guidance_weight: float = 1.0) -> 
     if guidance_weight == 1:
         return {"sampler": sampler, "steps": steps}
     if not getattr(model, "cond_dropout", 0):
-        raise HybridVAEError(f"--guidance-weight is {guidance_weight:g}, but these weights are of a {type(model).__name__} that was trained without "
-                             "cond_dropout: leave it out.")
+        raise HybridVAEError(f"--guidance-weight is {guidance_weight:g}, but these weights, of a {type(model).__name__}, were trained "
+                             "without cond_dropout: leave it out.")
     return {"sampler": sampler, "steps": steps, "guidance_weight": guidance_weight}
 
 
@@ -420,7 +420,7 @@ def _batches(model, n: int, batch: int, seed: int, options: dict) -> Iterator:
     import torch
     from hybridvae.core import to_uint8
     from hybridvae.training import autocast
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     generator = torch.Generator(model.device).manual_seed(seed)
     for start in tqdm(range(0, n, batch), desc=f"{n:,} images", unit="batch", disable=None):
@@ -707,7 +707,7 @@ def _measured(model, made, asked: dict, networks: list, sets: dict, seed: int, b
     "The evaluation of a model, or of images that are made already, in the form that records have."
     from hybridvae.metrics import ImageStatistics, compare, describe
     from hybridvae.runs import evaluate as evaluate_model
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     def bar(batches, n, name):
         return tqdm(batches, desc=name, total=-(-n // 200), unit="batch", disable=None)
@@ -765,10 +765,10 @@ def _picked(entries: list, patterns: list[str]) -> list:
                               'campaign --dataset shapes --experiment "diffusevae-*" --cpu', "campaign --throughput --peak 990"))
 def campaign(
     ctx: typer.Context,
-    dataset: Annotated[list[str] | None, typer.Option(help="data set, with -cpu its CPU-size entries; may be repeated; usually the three for a GPU")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="may be repeated; usually the three for a GPU; cifar10-cpu: its CPU-size entries")] = None,
     experiment: Annotated[list[str] | None, typer.Option(help="only these, * for any letters, and what they depend on; may be repeated")] = None,
     minutes: Minutes = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="try every entry with tiny networks on stand-in images, in a temporary folder")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only try every entry, tiny, on stand-in images")] = False,
     list_: Annotated[bool, typer.Option("--list", help="only say what is recorded, in training, missing")] = False,
     throughput: Annotated[bool, typer.Option("--throughput", help="only measure how fast this machine trains")] = False,
     peak: Annotated[float | None, typer.Option(min=0, help="of the device in TFLOPS, for --throughput to give the share of it")] = None,
@@ -969,7 +969,8 @@ def report(
     entries = queue("shapes")
     for name in STUDY:
         entry = find_entry(entries, name)
-        short = dataclasses.replace(entry, evaluations=entry.evaluations[:1], studies=tuple(s for s in entry.studies if s in REPORTED_STUDIES))
+        studies = tuple(s for s in entry.studies if s in REPORTED_STUDIES)
+        short = dataclasses.replace(entry, evaluations=entry.evaluations[:1], studies=studies)
         record = recorded(entry, runs)
         print(_summary(run_entry(short, entries, runs, cpu=cpu) if short.missing(record) else record, runs))
     print("Writing the report ...")

@@ -275,6 +275,7 @@ def unless_blocked(name, installed=importlib.metadata.distribution):  # others a
 sys.meta_path.insert(0, Blocker())
 importlib.metadata.distribution = unless_blocked
 import hybridvae.campaign as campaign
+import hybridvae
 entries = campaign.queue()[:2]
 records = campaign.dry_run(entries, "runs")
 print(json.dumps([hybridvae.__file__, [r["experiment"] for r in records], [[r["commit"], r["dirty"]] for r in records]]))
