@@ -377,8 +377,9 @@ def _protocol(preset: dict, seed: int, experiment: str) -> tuple[dict, ...]:
         return tuple(found)
     if seed == 0 and not one_shot:
         found += [{"sampler": s, "steps": steps, **few} for s in ("dpmpp", "ddim") for steps in (10, 20, 50, 100)]
+    found.append(main | few)
     if one_shot or hybrid:
-        found += [main | few, main | few | {"prior": "ex-pde"}]
+        found.append(main | few | {"prior": "ex-pde"})
     if seed == 0 and experiment == "diffusevae-form1":
         found.append({"sampler": "ancestral", "steps": 1000, "n": preset["n_ancestral"]})
     if experiment.endswith("-dropout"):
