@@ -8,8 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SUPPORTED := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
-# Two notebooks at a time, one computing thread each: two cores are not asked for more than they have.
+# Two notebooks or tests at a time, one computing thread each: two cores are not asked for more than they have.
 NBDEV_TEST := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 .PHONY: help report test test-slow faults docs readme clean
 
@@ -30,7 +31,7 @@ report: $(STAMP)  ## run the small models and render the report
 test: $(STAMP)  ## package in step with the notebooks, notebooks run, tests pass
 	$(BIN)/pytest tests/test_sync.py
 	HYBRIDVAE_BUDGET=0.1 $(NBDEV_TEST)
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-slow: $(STAMP)  ## the checks of quality, with full training budgets
 	$(NBDEV_TEST) --flags slow
