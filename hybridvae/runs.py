@@ -300,6 +300,8 @@ class _Job:
     def record(self, entry, model, trained, data, test, done, networks) -> dict:
         draws = Draws(entry.seed, 0, device=model.device)
         example = Batches(data.first(1), 1, entry.seed, device=model.device)(0, draws)
+        order = [_asked(e) for e in entry.evaluations]  # the protocol's: its first is the main one
+        place = lambda e: order.index(_asked(e)) if _asked(e) in order else len(order)
         landmarks = {}
         if isinstance(model, FeatureModel):
             landmarks = {"floors": distance_floors(model, data, test, entry.n_study, _sources(data)),
@@ -309,7 +311,7 @@ class _Job:
             "data": data.description, "config": entry.config, **trained,
             "parameters": count_parameters(model, trainable=True),
             "flops_per_image": count_flops(lambda: model.training_loss(*example, draws=draws)),
-            "weights_hash": weights_hash(model), "evaluations": done.evaluations, **done.studies,
+            "weights_hash": weights_hash(model), "evaluations": sorted(done.evaluations, key=place), **done.studies,
             **model.measures(data, test, networks[0] if networks else None), **landmarks,
         }
 
