@@ -111,9 +111,9 @@ def run(
     cpu: Cpu = False,
 ):
     "Train and evaluate experiments, after those they depend on. Without --experiment, list them."
-    from hybridvae.runs import _Clock, find_entry, run_entry
+    from hybridvae.runs import Clock, find_entry, run_entry
 
-    entries, clock = _entries(dataset), _Clock(minutes)
+    entries, clock = _entries(dataset), Clock(minutes)
     if not experiment:
         print("\n".join(dict.fromkeys(e.experiment for e in entries)))
         return
@@ -243,9 +243,9 @@ def train(
     "Train one model on a prepared data set, or continue."
     from hybridvae.core import count_parameters
     from hybridvae.data import load_data
-    from hybridvae.runs import _Clock
+    from hybridvae.runs import Clock
 
-    hybrid, clock, out = model == "diffusevae", _Clock(minutes), out or Path(f"{dataset}-{model}")
+    hybrid, clock, out = model == "diffusevae", Clock(minutes), out or Path(f"{dataset}-{model}")
     if not hybrid:
         _refuse(ctx, ("form", "z", "vae"), f"--model {model}")
     if small:

@@ -245,7 +245,8 @@ def test_pictures_beside_a_record_are_samples_and_rows_of_coarse_images_above_th
     assert set(shown) == {"", "pairs"} and torch.equal(shown[""], x)
     rows = shown["pairs"].reshape(-1, side, 3, 16, 16)  # as a grid of that many columns shows them
     half = side * len(rows) // 2
-    assert half >= side and torch.equal(rows[0::2].flatten(0, 1), x_hat[:half]) and torch.equal(rows[1::2].flatten(0, 1), x[:half])
+    assert half >= side and torch.equal(rows[0::2].flatten(0, 1), x_hat[:half])
+    assert torch.equal(rows[1::2].flatten(0, 1), x[:half])
 
 
 @pytest.mark.parametrize("form", [1, 2])
@@ -504,7 +505,8 @@ def identical(m):
     return m
 
 
-NUMBERS = {"prior_gap": {f"{what} {where}" for what in ("x̂", "refined x̂") for where in ("of real images", "from the prior", "from ex-PDE")},
+NUMBERS = {"prior_gap": {f"{what} {where}" for what in ("x̂", "refined x̂")
+                         for where in ("of real images", "from the prior", "from ex-PDE")},
            "robustness": {"levels", "noise on x̂", "noise on z"}, "path_length": {"x̂", "refined"},
            "condition_agreement": {"shape", "hue", "both", "shuffled"}}
 
@@ -589,7 +591,8 @@ def test_the_readout_sees_factors_that_are_in_the_code_and_no_others(eye):
 
     def code(data):
         angles = 2 * np.pi * data.labels[:, [1]]
-        return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles), np.eye(3)[data.labels[:, 0].astype(int)]], axis=1))
+        one_hot = np.eye(3)[data.labels[:, 0].astype(int)]
+        return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles), one_hot], axis=1))
     known = iter([code(train), code(test)])
     m.vae.encode = lambda x: (next(known), None)
     answer = STUDIES["readout"](m, look)

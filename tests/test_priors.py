@@ -17,7 +17,8 @@ def mixture(components=3, dim=4, seed=0, spread=2.0):
     roots = torch.randn(components, dim, dim, generator=g, dtype=torch.float64)
     covariances = roots @ roots.mT / dim + 0.1 * torch.eye(dim, dtype=torch.float64)
     weights = torch.rand(components, generator=g, dtype=torch.float64) + 0.2
-    return GaussianMixture(weights / weights.sum(), spread * torch.randn(components, dim, generator=g, dtype=torch.float64), covariances)
+    means = spread * torch.randn(components, dim, generator=g, dtype=torch.float64)
+    return GaussianMixture(weights / weights.sum(), means, covariances)
 
 
 def oracle(prior):
@@ -27,7 +28,8 @@ def oracle(prior):
     return MixtureSameFamily(Categorical(prior.weights), MultivariateNormal(prior.means, scale_tril=prior.roots))
 
 
-PRIORS = {"normal": lambda: StandardNormal(4), "mixture": mixture, "one component": lambda: mixture(1), "one dimension": lambda: mixture(3, 1)}
+PRIORS = {"normal": lambda: StandardNormal(4), "mixture": mixture, "one component": lambda: mixture(1),
+          "one dimension": lambda: mixture(3, 1)}
 every_prior = pytest.mark.parametrize("make", PRIORS.values(), ids=PRIORS)
 
 

@@ -1,4 +1,4 @@
-"""Entries and records: what a run measures, how it stops and continues, which network measures, and what tables make of records."""
+"""Entries and records: what a run measures, how it stops and continues, which network measures, and what tables are made."""
 import dataclasses
 import json
 
@@ -25,7 +25,8 @@ COARSE = Entry("vae", "shapes", {"model": "VAE", **TINY_VAE}, TRAIN, features="f
                evaluations=({"sampler": None, "steps": 1, "n": 20}, {"sampler": None, "steps": 1, "n": 20, "prior": "ex-pde"}))
 HYBRID = Entry("hybrid", "shapes", {"model": "DiffuseVAE", "vae": TINY_VAE, "unet": TINY_UNET, "form": 2, "cond_dropout": 0.1},
                TRAIN, features="features", depends_on={"vae": "vae"}, batch=12, n_study=8, studies=("first", "second"),
-               evaluations=({"sampler": "dpmpp", "steps": 2, "n": 20}, {"sampler": "ddim", "steps": 1, "n": 12, "guidance_weight": 2.0}))
+               evaluations=({"sampler": "dpmpp", "steps": 2, "n": 20},
+                             {"sampler": "ddim", "steps": 1, "n": 12, "guidance_weight": 2.0}))
 ENTRIES = [NETWORK, COARSE, HYBRID]
 CALLS = []  # of studies
 
@@ -58,7 +59,8 @@ def whole(tmp_path_factory):
     return folder, run(HYBRID, folder)
 
 
-TIMES = ("commit", "dirty", "device", "versions", "train_seconds", "train_images_per_second", "peak_memory_bytes", "seconds_per_image")
+TIMES = ("commit", "dirty", "device", "versions", "train_seconds", "train_images_per_second", "peak_memory_bytes",
+         "seconds_per_image")
 
 
 def results(value):
@@ -82,7 +84,8 @@ def test_a_record_has_every_key_and_what_was_asked_for(whole):
         digest = weights_hash(load_features("shapes"))
         assert all(m["hash"] == digest for m in found["metrics"].values() if m["feature_network"] == "shapes")
     assert record["first"]["n"] == 8 and record["first"]["parts"] == [8] and set(record["second"]) == {"n", "parts", "mean"}
-    assert record["flops_per_image"] > 0 and record["parameters"] == sum(p.numel() for p in build_model(HYBRID.model).unet.parameters())
+    assert record["flops_per_image"] > 0
+    assert record["parameters"] == sum(p.numel() for p in build_model(HYBRID.model).unet.parameters())
     assert HYBRID.missing(record) == []
 
 
@@ -131,7 +134,8 @@ def test_missing_names_what_a_record_lacks(whole):
     for change in (dict(model={**HYBRID.model, "form": 1}), dict(subset=30), dict(depends_on={}), dict(train={"kimg": 1})):
         assert dataclasses.replace(HYBRID, **change).missing(record) == ["training"], change
     more = dataclasses.replace(HYBRID, studies=("first", "third"), evaluations=(
-        *HYBRID.evaluations, {"sampler": "ddim", "steps": 1, "n": 12}, {"sampler": "dpmpp", "steps": 2, "n": 2000, "prior": "ex-pde"}))
+        *HYBRID.evaluations, {"sampler": "ddim", "steps": 1, "n": 12},
+        {"sampler": "dpmpp", "steps": 2, "n": 2000, "prior": "ex-pde"}))
     assert more.missing(record) == ["ddim 1, n = 12", "dpmpp 2, prior ex-pde, n = 2,000", "third"]
     for same in (dict(priority=7), dict(seed=3), dict(batch=3), dict(parameters=1.0)):  # which decide nothing that was measured
         assert dataclasses.replace(HYBRID, **same).missing(record) == []
@@ -156,7 +160,7 @@ def test_an_unknown_entry_is_named_with_the_known_ones():
 
 # --- stopping and continuing ----------------------------------------------------------------------------------------
 
-class CountedClock(runs._Clock):
+class CountedClock(runs.Clock):
     "A clock that has run out after so many looks at it."
 
     def __init__(self, looks):
@@ -181,7 +185,7 @@ def spy(monkeypatch, module, name):
 
 def test_a_run_stopped_at_every_moment_in_turn_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
     _, record = whole
-    monkeypatch.setattr(runs, "_Clock", CountedClock)
+    monkeypatch.setattr(runs, "Clock", CountedClock)
     measured, stops = spy(monkeypatch, runs, "evaluate"), []
     CALLS.clear()
     for looks in (0, 1, 2, 3, 2, 1, 2, 1, 1):
@@ -225,8 +229,9 @@ def test_a_run_that_died_in_a_study_goes_on_from_there(whole, tmp_path, monkeypa
 
 def test_a_run_that_died_between_its_last_step_and_its_weights_needs_no_more_steps(tmp_path, monkeypatch):
     whole = run(COARSE, tmp_path)
-    for path in (record_path(tmp_path, vars(COARSE)), *(COARSE.folder(tmp_path) / n for n in ("trained.json", "model.safetensors", "measured.json"))):
-        path.unlink()
+    record_path(tmp_path, vars(COARSE)).unlink()
+    for name in ("trained.json", "model.safetensors", "measured.json"):
+        (COARSE.folder(tmp_path) / name).unlink()
     monkeypatch.setattr(VAE, "reconstruct", lambda self, x: x)  # only to tell that measuring is done anew
     again = run(COARSE, tmp_path)
     assert again["weights_hash"] == whole["weights_hash"] and again["history"] == whole["history"]
@@ -264,13 +269,14 @@ def test_measurements_of_other_weights_are_not_taken_over(tmp_path, monkeypatch)
     (folder / "model.safetensors").unlink()
     measured = spy(monkeypatch, runs, "evaluate")
     record = run(COARSE, tmp_path)
-    assert len(measured) == len(COARSE.evaluations) == len(record["evaluations"]) and record["weights_hash"] == first["weights_hash"]
+    assert len(measured) == len(COARSE.evaluations) == len(record["evaluations"])
+    assert record["weights_hash"] == first["weights_hash"]
 
 
 def measuring(source, folder):
     "The network that measures an entry whose feature network is `source`."
     entry = dataclasses.replace(COARSE, dataset=source.dataset, features=source.experiment)
-    job = runs._Job([source, entry], folder, runs._Clock(None), True, False)
+    job = runs._Job([source, entry], folder, runs.Clock(None), True, False)
     return job.measuring(entry, torch.device("cpu"))
 
 
@@ -351,7 +357,8 @@ class Camera(Model):
 
     def __init__(self):
         super().__init__()
-        self.config, self.weight, self.asked, self.image_shape = {"model": "Camera"}, torch.nn.Parameter(torch.zeros(1)), [], (3, 32, 32)
+        self.config, self.asked, self.image_shape = {"model": "Camera"}, [], (3, 32, 32)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def sample(self, n, *, generator=None, **options):
         self.asked.append((n, options))
@@ -391,7 +398,8 @@ def test_options_reach_the_model_and_the_prior_is_fitted(monkeypatch, tmp_path):
     assert fitted[:4] == ["NoneType", "NoneType", "GaussianMixture", "GaussianMixture"]  # 20 images, 12 at a time
     weights = []
     guided = DiffuseVAE.guided
-    monkeypatch.setattr(DiffuseVAE, "guided", lambda self, x_hat, z, weight: weights.append(weight) or guided(self, x_hat, z, weight))
+    monkeypatch.setattr(DiffuseVAE, "guided", lambda self, x_hat, z, weight:
+                        weights.append(weight) or guided(self, x_hat, z, weight))
     run(HYBRID, tmp_path)
     assert weights[:3] == [1.0, 1.0, 2.0] and set(weights[3:]) == {1.0}  # studies and pictures are not guided
 
@@ -425,7 +433,8 @@ def test_an_evaluation_is_found_by_exactly_its_options():
 
 
 def test_metrics_over_seeds_come_in_the_order_of_seeds_and_one_shot_models_are_among_them():
-    records = [a_record(seed=2, value=3.0), a_record(seed=0, value=1.0), a_record(seed=1, value=2.0), a_record("b"), a_record("c", model="VAE")]
+    records = [a_record(seed=2, value=3.0), a_record(seed=0, value=1.0), a_record(seed=1, value=2.0), a_record("b"),
+               a_record("c", model="VAE")]
     asked = dict(sampler="dpmpp", steps=20)
     assert metric_over_seeds(records, "a", "FD (shapes)", **asked) == [1.0, 2.0, 3.0]
     assert metric_over_seeds(records, "c", "seconds_per_image", **asked) == [0.5]
