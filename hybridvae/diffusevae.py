@@ -331,7 +331,7 @@ def _experiments(name: str, preset: dict, seed: int) -> list[Entry]:
         "A diffusion model of this preset; `size` names another U-Net and training."
         unet = {"unet": preset[f"unet{size}"], "diffusion": preset["diffusion"]}
         studies = () if kind == "ddpm" else (*_of_shapes(dataset, "condition_agreement"), "prior_gap")
-        if seed == 0 and kind != "ddpm" and not cpu:
+        if seed == 0 and kind != "ddpm" and not cpu and "cond_dropout" not in changes:
             studies += ("robustness", "path_length")
         found.append(Entry(f"{experiment}{suffix}", model={**unet, **model, **changes}, train=preset[f"train{size}"], features=features,
                            evaluations=_protocol(preset, seed, experiment), studies=studies, parameters=preset[f"parameters{size}"],
@@ -375,6 +375,8 @@ def _protocol(preset: dict, seed: int, experiment: str) -> tuple[dict, ...]:
     found, few = [main | {"n": preset["n"]}], {"n": preset.get("n_curve")}
     if not few["n"]:
         return tuple(found)
+    if experiment.endswith("-dropout"):  # its question is another
+        return (*found, *(main | few | {"guidance_weight": w} for w in GUIDANCE_WEIGHTS))
     if seed == 0 and not one_shot:
         found += [{"sampler": s, "steps": steps, **few} for s in ("dpmpp", "ddim") for steps in (10, 20, 50, 100)]
     found.append(main | few)
@@ -382,6 +384,4 @@ def _protocol(preset: dict, seed: int, experiment: str) -> tuple[dict, ...]:
         found.append(main | few | {"prior": "ex-pde"})
     if seed == 0 and experiment == "diffusevae-form1":
         found.append({"sampler": "ancestral", "steps": 1000, "n": preset["n_ancestral"]})
-    if experiment.endswith("-dropout"):
-        found += [main | few | {"guidance_weight": w} for w in GUIDANCE_WEIGHTS]
     return tuple(e for i, e in enumerate(found) if e not in found[:i])
