@@ -632,7 +632,7 @@ def test_the_protocol_of_the_design_is_asked_for():
             one_shot = e.model["model"] == "VAE"
             assert e.evaluations[0] == {"sampler": None if one_shot else "dpmpp", "steps": 1 if one_shot else 20, "n": n}
             curve = {(v["sampler"], v["steps"]) for v in e.evaluations if v["sampler"] in ("dpmpp", "ddim") and v["n"] < n}
-            if e.seed == 0 and not one_shot:
+            if e.seed == 0 and not one_shot and not e.experiment.endswith("-dropout"):  # whose question is the guidance weight
                 assert curve >= {(s, steps) for s in ("dpmpp", "ddim") for steps in (10, 20, 50, 100)}
         ancestral = [e for e in entries if any(v["sampler"] == "ancestral" and v["steps"] == 1000 for v in e.evaluations)]
         assert len(ancestral) == 1
