@@ -103,7 +103,7 @@ def run_campaign(
     return done
 
 # %% ../nbs/90_campaign.ipynb #cell-014
-TINY = {"width": 4, "kimg": 0.016, "batch_size": 8, "n": 6, "n_study": 6, "batch": 6, "subset": 60}  # all that a dry run changes
+TINY = {"width": 4, "kimg": 0.016, "batch_size": 8, "n": 6, "n_study": 6, "batch": 6, "steps": 3, "subset": 60}  # all that a dry run changes
 
 
 def tiny(value):
