@@ -131,6 +131,10 @@ class Model(nn.Module):
         "Pictures beside a run record: name -> n uncurated images; options as in `sample`."
         return {"": self.sample(n, generator=generator, **options)}
 
+    def stop_reason(self, history: list[dict]) -> str | None:
+        "Why training should end here, in words, from the points of its history so far; None to go on."
+        return None
+
     def networks(self) -> list[nn.Module]:
         "The parts that are worth compiling."
         return list(self.children())

@@ -30,7 +30,7 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 # %% ../nbs/00e_diffusion.ipynb #cell-010
 PREDICTIONS = ("eps", "v", "x0")
-WEIGHTINGS = ("simple", "min_snr", "uniform", "v")
+WEIGHTINGS = ("simple", "min_snr", "uniform", "v", "bound")
 SAMPLERS = ("ancestral", "ddim", "dpmpp")
 
 
@@ -95,15 +95,19 @@ class GaussianDiffusion:
             return (y - s * output) / a  # x₀ = (y_t - √(1-ᾱ) ε) / √ᾱ
         return a * y - s * output if self.prediction == "v" else output  # x₀ = √ᾱ y_t - √(1-ᾱ) v
 
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        "Weight of the squared error in the network's own output, float32 (B,)."
-        return self._on(t.device, torch.float32, "weights", self._loss_weights)[t]
+    def loss_weight(self, t: torch.Tensor, weighting: str | None = None) -> torch.Tensor:
+        "Weight of the squared error in the network's own output, float32 (B,); under another weighting if one is named."
+        name = _choice("weighting", weighting or self.weighting, WEIGHTINGS)
+        return self._on(t.device, torch.float32, name, lambda: self._loss_weights(name))[t]
 
-    def _loss_weights(self) -> np.ndarray:
+    def _loss_weights(self, name: str) -> np.ndarray:
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        of_x0 = {"simple": snr, "min_snr": np.minimum(snr, self.gamma), "uniform": np.ones_like(snr), "v": snr + 1}
+        before = np.append(np.inf, snr[:-1])  # SNR of the step before; the first step ends in a Gaussian of variance 1 - ᾱ₀
+        gain = np.where(np.isinf(before), 1 / (1 - self.alphas_cumprod), before - snr)
+        of_x0 = {"simple": snr, "min_snr": np.minimum(snr, self.gamma), "uniform": np.ones_like(snr), "v": snr + 1,
+                 "bound": self.timesteps / 2 * gain}  # Kingma et al. 2021, equation 13: KL of the two posteriors, times T
         # an error e in x₀ is an error √SNR e in ε, and √(SNR + 1) e in v
-        return of_x0[self.weighting] / {"eps": snr, "v": snr + 1, "x0": np.ones_like(snr)}[self.prediction]
+        return of_x0[name] / {"eps": snr, "v": snr + 1, "x0": np.ones_like(snr)}[self.prediction]
 
     def loss(self, network: Callable, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
              shift: torch.Tensor | None = None) -> torch.Tensor:

@@ -38,7 +38,7 @@ class Entry:
     train: dict  # arguments of `TrainConfig`
     seed: int = 0  # of initialisation, data order and noise
     subset: int | None = None  # train on the first so many images only
-    depends_on: dict = dataclasses.field(default_factory=dict)  # attribute of the model: experiment it is taken from
+    depends_on: dict = dataclasses.field(default_factory=dict)  # part of the model: experiment whose part of that name, or whole model, it starts from
     features: str | None = None  # experiment whose network measures: a shipped one of that config, or trained first
     evaluations: tuple = ()  # dicts with sampler, steps, n, and options of `sample`
     studies: tuple = ()  # names in `STUDIES`
@@ -237,7 +237,7 @@ class _Job:
         model, parents = build_model(entry.model), {}
         for attribute, name in entry.depends_on.items():
             parent, _ = self.train(find_entry(self.entries, name, entry.seed, entry.dataset))
-            getattr(model, attribute).load_state_dict(parent.state_dict())
+            getattr(model, attribute).load_state_dict(getattr(parent, attribute, parent).state_dict())  # its part of that name, or all of it
             parents[name] = weights_hash(parent)
         data, test = self.data(entry)
         self.say(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {count_parameters(model, trainable=True):,} parameters")
@@ -253,7 +253,7 @@ class _Job:
         trained = {"config_hash": config_hash(entry.config), "kimg": images / 1000, **provenance(model.device),
                    "precision": result.precision, "compiled": compiled, "train_seconds": result.seconds,
                    "train_images_per_second": images / max(result.seconds, 1e-9), "peak_memory_bytes": result.peak_memory_bytes,
-                   "depends_on": parents, "history": result.history}
+                   "depends_on": parents, "history": result.history, **({"stopped": result.stopped} if result.stopped else {})}
         save_model(model, folder / "model.safetensors")
         write_json(folder / "trained.json", trained)
         return model, trained

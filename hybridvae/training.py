@@ -219,6 +219,7 @@ class TrainResult:
     "What `train` returns; the model itself then holds the averaged weights, if finished."
 
     finished: bool  # False where the limit in minutes came first
+    stopped: str | None  # why the model ended the run early, see `Model.stop_reason`
     step: int  # steps done
     seconds: float  # of training, over all parts of the run
     history: list[dict]  # mean training losses and held-out losses, at up to 25 points
@@ -270,7 +271,8 @@ def train(
                disable=not (progress and accelerator.is_main_process), mininterval=1)
     started = time.monotonic()
     with run.logging(accelerator.is_main_process):
-        while run.step < config.steps:
+        stopped = model.stop_reason(run.history)
+        while run.step < config.steps and not stopped:
             step = run.step
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
@@ -294,17 +296,18 @@ def train(
             if run.step in marks:
                 with average.applied():
                     run.point(heldout_losses(model, heldout, precision=config.precision) if heldout else {})
-            if (run.step % every == 0 or run.step == config.steps or expired) and accelerator.is_main_process:
+                stopped = model.stop_reason(run.history)
+            if (run.step % every == 0 or run.step == config.steps or expired or stopped) and accelerator.is_main_process:
                 run.save(model, average, optimizer, started)
             if expired:
                 break
     bar.close()
-    finished = run.step >= config.steps
+    finished = run.step >= config.steps or stopped is not None
     if finished:
         average._swap()
         model.eval()
     enabled = autocast(device, config.precision)._enabled
-    return TrainResult(finished, run.step, run.seconds, run.history, peak_memory(device), device.type,
+    return TrainResult(finished, stopped, run.step, run.seconds, run.history, peak_memory(device), device.type,
                        "bf16" if enabled else "fp32")
 
 # %% ../nbs/00g_training.ipynb #cell-019

@@ -125,7 +125,10 @@ class VAE(Model):
     def elbo_terms(self, x: torch.Tensor, eps: torch.Tensor) -> dict[str, torch.Tensor]:
         "Reconstruction (negative log likelihood), its squared error, and KL, each (B,) in nats (or squares) per dimension."
         mu, logvar = self.encode(x)
-        x_hat = self.decode(reparameterize(mu, logvar, eps))
+        return self.terms_of(x, self.decode(reparameterize(mu, logvar, eps)), mu, logvar)
+
+    def terms_of(self, x: torch.Tensor, x_hat: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor) -> dict[str, torch.Tensor]:
+        "The terms of images x whose code and reconstruction are known, each (B,)."
         mse = (x - x_hat).square().mean(dim=(1, 2, 3))
         nll = mse / (2 * self.sigma**2) + math.log(self.sigma) + 0.5 * math.log(2 * math.pi)  # -log N(x; x̂, s²)
         return {"reconstruction": nll, "mse": mse, "kl": kl_divergence(mu, logvar) / x[0].numel()}
