@@ -225,7 +225,7 @@ def code_use(mu: torch.Tensor, logvar: torch.Tensor) -> dict[str, torch.Tensor]:
     code: its least, quartiles and largest."""
     kl = (0.5 * (mu.square() + logvar.exp() - 1 - logvar)).mean(dim=0).detach()
     quantiles = kl.quantile(torch.linspace(0, 1, 5, device=kl.device))
-    return {"active_units": (mu.detach().var(dim=0) > 0.01).float().sum(), **{f"kl_q{q}": v for q, v in zip((0, 25, 50, 75, 100), quantiles)}}
+    return {"active_units": (mu.detach().var(dim=0, correction=0) > 0.01).float().sum(), **{f"kl_q{q}": v for q, v in zip((0, 25, 50, 75, 100), quantiles)}}
 
 
 def laplacian_loss(x: torch.Tensor, x_hat: torch.Tensor, levels: int = 3) -> torch.Tensor:
@@ -290,7 +290,7 @@ def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
         kind = options.pop("model", "JointDiffuseVAE")
         model = {"model": kind, "vae": vae, "unet": preset["unet"], "diffusion": preset["diffusion"], "form": form, "z_guidance": z}
         depends = {"pair": {"vae": parent, "unet": parent}, "vae": {"vae": "vae"}, "scratch": {}}[start]
-        studied = name in (*BEST, *_settings(0)) and (small or name in BEST)
+        studied = name in BEST or small and name in map("{:g}".format, LAMBDAS)
         found.append(Entry(
             f"joint-{name}", dataset, model | options, train, seed, depends_on=depends, features="features",
             evaluations=evaluations + (curve if studied else ()), n_study=preset["n_study"], batch=preset["batch"],
