@@ -127,6 +127,7 @@ class JointDiffuseVAE(DiffuseVAE):
         t_range: tuple = (0.0, 1.0),  # share of the timesteps, from little noise to much, whose gradient reaches the VAE
         ema_decay: float = 0.0,  # the condition is x̂ of an average of the VAE with this decay a step; 0 for the VAE itself
         pyramid: float = 0.0,  # weight of the Laplacian pyramid loss on x̂
+        vae_kimg: float | None = None,  # the VAE learns over the first so many thousand images, then the refiner alone; always unless given
         **kwargs,  # as in `DiffuseVAE`
     ):
         super().__init__(*args, **kwargs)
@@ -137,10 +138,10 @@ class JointDiffuseVAE(DiffuseVAE):
                 raise ValueError(f"{name} is {value!r}: choose from {', '.join(map(str, allowed))}")
         self.balance = BALANCES[balance["name"]](**{k: v for k, v in balance.items() if k != "name"})
         self.gradient_to, self.vae_weighting, self.t_range, self.pyramid = gradient_to, vae_weighting, tuple(t_range), pyramid
-        self.ema_decay = ema_decay
+        self.ema_decay, self.vae_kimg = ema_decay, vae_kimg
         self.vae.requires_grad_(True)
         self.config |= {"model": "JointDiffuseVAE", "balance": balance, "gradient_to": gradient_to, "vae_weighting": vae_weighting,
-                        "t_range": list(t_range), "ema_decay": ema_decay, "pyramid": pyramid}
+                        "t_range": list(t_range), "ema_decay": ema_decay, "pyramid": pyramid, "vae_kimg": vae_kimg}
         self.register_buffer("images_seen", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("last", torch.zeros(3), persistent=False)  # of the step before: norms at x̂ of reconstruction and diffusion, λ
         if ema_decay:  # buffers, so that a checkpoint holds them; not part of the weights
@@ -164,15 +165,20 @@ class JointDiffuseVAE(DiffuseVAE):
         t, eps = draws.randint(self.diffusion.timesteps, len(x)), draws.randn(*x.shape)
         x_cond, z_cond = self._condition(x_hat, z, t, (x_hat - x).detach() / (self.vae.sigma**2 * x.numel()))
         diffusion = self.diffusion.loss(self.denoiser(x_cond, z_cond), x, t, eps, self.shift(x_cond)).mean()
-        loss = self.balance.reconstruction(terms, diffusion.detach()) + self.vae.beta * terms["kl"] + diffusion
+        of_vae = self.balance.reconstruction(terms, diffusion.detach()) + self.vae.beta * terms["kl"]
         if self.pyramid:
             terms["pyramid"] = laplacian_loss(x, x_hat)
-            loss = loss + self.pyramid * terms["pyramid"]
+            of_vae = of_vae + self.pyramid * terms["pyramid"]
+        loss = diffusion + self._vae_learns() * of_vae
         watched = {**terms, "diffusion": diffusion, **code_use(mu, logvar), "explained": 1 - terms["mse"] / x.var(dim=0, correction=0).mean()}
         if self.training:
             watched |= dict(zip(("reconstruction_gradient", "diffusion_gradient", "strength"), self.last.clone()))
             self.images_seen += len(x) * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
         return {"loss": loss, **{k: v.detach() for k, v in watched.items()}, "kl_per_image": terms["kl"].detach() * x[0].numel()}
+
+    def _vae_learns(self) -> torch.Tensor | float:
+        "1, or 0 when the refiner is trained alone."
+        return 1.0 if self.vae_kimg is None else (self.images_seen < 1000 * self.vae_kimg).float()
 
     def _condition(self, x_hat: torch.Tensor, z: torch.Tensor, t: torch.Tensor, reconstruction_gradient: torch.Tensor):
         "x̂ and z as the U-Net sees them; their gradients arrive at the VAE weighted by λ and the timestep."
@@ -182,6 +188,7 @@ class JointDiffuseVAE(DiffuseVAE):
             x_hat = x_hat + (self._averaged(z.detach()) - x_hat).detach()
         low, high = (share * self.diffusion.timesteps for share in self.t_range)
         weight = self.diffusion.loss_weight(t, self.vae_weighting) / self.diffusion.loss_weight(t) * ((t >= low) & (t < high))
+        learns = self._vae_learns()  # now: the count goes on before the gradient comes back
         kimg, last = self.images_seen.item() / 1000 if isinstance(self.balance, Annealed) else 0.0, self.last
 
         def scale(grad_x, grad_z):
@@ -191,6 +198,7 @@ class JointDiffuseVAE(DiffuseVAE):
             norms = reconstruction_gradient.norm(), grad_x.norm()
             strength = torch.as_tensor(self.balance.strength(kimg, *norms), device=grad_x.device)
             last.copy_(torch.stack([*norms, strength]))
+            strength = learns * strength
             return strength * grad_x, strength * grad_z if self.gradient_to == "both" else torch.zeros_like(grad_z)
         return _Gate.apply(x_hat, z, scale)
 
@@ -239,8 +247,8 @@ def laplacian_loss(x: torch.Tensor, x_hat: torch.Tensor, levels: int = 3) -> tor
 
 # %% ../nbs/02_joint_training.ipynb #cell-031
 LAMBDAS = (0.1, 1.0, 10.0, 100.0)  # the sweep
-BETAS = (4.0, 16.0, 64.0)  # heavier KL, with and without the gradient
-CONTROLS, BEST = ("frozen-time", "none", "b16-none"), ("1", "b16-10")  # settings with three seeds
+BETAS = (4.0, 16.0)  # heavier KL, with and without the gradient
+CONTROLS, BEST = ("frozen-time", "b8-two-stage", "none"), ("1", "b16-10")  # settings with three seeds
 
 
 def _fixed(value: float) -> dict:
@@ -258,6 +266,7 @@ def _settings(kimg: float) -> dict[str, dict]:
         "10-decoder": ten | {"gradient_to": "decoder"},
         "10-low-noise": ten | {"t_range": [0.0, 0.3]}, "10-high-noise": ten | {"t_range": [0.3, 1.0]},
         "10-uniform": ten | {"vae_weighting": "uniform"}, "bound": _fixed(1.0) | {"vae_weighting": "bound"},
+        "b16-10-settled": ten | {"beta": 16.0, "vae_kimg": kimg / 2},
         "10-ema": ten | {"ema_decay": 0.99}, "10-pyramid": ten | {"pyramid": 1.0},
         "linear": annealed("linear"), "cosine": annealed("cosine"),
         "uncertainty": {"balance": {"name": "uncertainty"}}, "gradient-norm": {"balance": {"name": "gradient-norm"}},
@@ -267,51 +276,61 @@ def _settings(kimg: float) -> dict[str, dict]:
 def experiments(dataset: str | None = None) -> list[Entry]:
     """Stage 2's entries, for a data set or for all of Shapes, CIFAR-10 and CelebA-64.
 
-    A trained DiffuseVAE, fine-tuned under each setting; the controls "none" (the VAE has its ELBO alone) and "frozen" (the
-    VAE is left as it is: as many images, or as much time); other starting points; the other form, and z.
+    A trained DiffuseVAE, fine-tuned under each setting; controls: "none" (the VAE has its ELBO alone), "frozen" (the VAE is
+    left as it is: as many images, or as much time), "two-stage" (first the VAE goes on with another β, then the refiner);
+    other starting points; the other form, and z.
     """
     return [entry for name in ("shapes", "cifar10", "celeba64") if dataset in (None, name)
             for seed in (0, 1, 2) for entry in _experiments(name, PRESETS[name], seed)]
 
 
 def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
-    small = dataset == "shapes"
+    "The entries of one data set and seed."
+    small, settled = dataset == "shapes", (*CONTROLS, *BEST)
     longer = preset["train"] | {"kimg": 0.4 * preset["train"]["kimg"], "lr": preset["train"]["lr"] / 4}
     main = {"sampler": "dpmpp", "steps": 20}
-    evaluations = ({**main, "n": preset["n"]}, {**main, "n": preset["n"], "prior": "ex-pde"})
+    measured = ({**main, "n": preset["n"]}, {**main, "n": preset["n"], "prior": "ex-pde"})
     curve = tuple({**main, "steps": steps, "n": preset["n_curve"], "prior": "ex-pde"} for steps in (3, 5, 10, 20))
     first = {"shapes": 0, "cifar10": 10, "celeba64": 20}[dataset] + LATER + 5 + (OTHER_SEEDS + seed if seed else 0)
     found = []
 
-    def add(name: str, options: dict, start: str = "pair", form: int = 1, z: bool = False, train: dict = longer):
-        "One entry; it starts from a trained pair, from a trained VAE (\"vae\"), or from nothing."
-        options, parent = dict(options), f"diffusevae-form{form}{'-z' * z}"
+    def add(name: str, options: dict, depends_on: dict, train: dict, **rest):
+        options = dict(options)
         vae = preset["vae"] | ({"beta": options.pop("beta")} if "beta" in options else {})
-        kind = options.pop("model", "JointDiffuseVAE")
-        model = {"model": kind, "vae": vae, "unet": preset["unet"], "diffusion": preset["diffusion"], "form": form, "z_guidance": z}
-        depends = {"pair": {"vae": parent, "unet": parent}, "vae": {"vae": "vae"}, "scratch": {}}[start]
-        studied = name in (*CONTROLS, *BEST) or small and name in map("{:g}".format, LAMBDAS)
-        found.append(Entry(
-            f"joint-{name}", dataset, model | options, train, seed, depends_on=depends, features="features",
-            evaluations=evaluations + (curve if studied else ()), n_study=preset["n_study"], batch=preset["batch"],
-            studies=("path_length", "condition_agreement", "readout") if small and studied else ("path_length",) if studied else (),
-            priority=first + (name not in (*CONTROLS, *BEST))))
+        if options.get("model") == "VAE":
+            model = {**options, **vae}
+        else:
+            model = {"model": "JointDiffuseVAE", "vae": vae, "unet": preset["unet"], "diffusion": preset["diffusion"],
+                     "form": 1, "z_guidance": False, **options}
+        found.append(Entry(f"joint-{name}", dataset, model, train, seed, depends_on=depends_on, features="features", n_study=preset["n_study"],
+                           batch=preset["batch"], priority=first + (name not in settled), **rest))
 
-    settings = _settings(longer["kimg"])
-    frozen = {"model": "DiffuseVAE"}
-    add("frozen-time", frozen, train=longer | {"kimg": 1.5 * longer["kimg"]})  # a joint step was measured to take 1.5 times as long
-    for name in settings if seed == 0 else (*CONTROLS[1:], *BEST):
-        add(name, settings[name])
-    if seed == 0:
-        add("frozen", frozen)
-        for form, z in ((1, True), (2, False), (2, True)):
-            for name in ("none", "10"):
-                add(f"form{form}{'-z' * z}-{name}", settings[name], form=form, z=z)
-        for start in ("vae", "scratch"):
-            for name in ("none", "10"):
-                add(f"{start}-{name}", settings[name], start, train=preset["train"])
-        if small:
-            add("scratch-1000", _fixed(1000.0), "scratch", train=preset["train"])
-            slowly = {"name": "annealed", "value": 1000.0, "kimg": preset["train"]["kimg"] / 2}
-            add("scratch-1000-annealed", {"balance": slowly}, "scratch", train=preset["train"])
+    def tune(name: str, options: dict, form: int = 1, z: bool = False, train: dict = longer, **depends_on):
+        "A trained pair goes on, or parts of it and others."
+        pair = f"diffusevae-form{form}{'-z' * z}"
+        studied = name in settled or small and name in map("{:g}".format, LAMBDAS)
+        add(name, options | {"form": form, "z_guidance": z}, {"vae": pair, "unet": pair, **depends_on}, train,
+            evaluations=measured + (curve if studied else ()),
+            studies=("path_length", "condition_agreement", "readout") if small and studied else ("path_length",) if studied else ())
+
+    settings, frozen = _settings(longer["kimg"]), {"model": "DiffuseVAE"}
+    tune("frozen-time", frozen, train=longer | {"kimg": 1.5 * longer["kimg"]})  # a joint step was measured to take 1.5 times as long
+    for beta in (8.0, 16.0) if seed == 0 else (8.0,):  # the VAE goes on, then the refiner
+        add(f"b{beta:g}-vae", {"model": "VAE", "beta": beta}, {"encoder": "vae", "decoder": "vae"}, longer)
+        tune(f"b{beta:g}-two-stage", frozen | {"beta": beta}, vae=f"joint-b{beta:g}-vae")
+    for name, options in settings.items():
+        if seed == 0 or name in settled:
+            tune(name, options)
+    if seed:
+        return found
+    tune("frozen", frozen)
+    for form, z in ((1, True), (2, False), (2, True)):
+        for name in ("none", "10"):
+            tune(f"form{form}{'-z' * z}-{name}", settings[name], form, z)
+    starts = {"vae-none": settings["none"], "vae-10": settings["10"], "scratch-none": settings["none"], "scratch-10": settings["10"]}
+    if small:
+        slowly = {"name": "annealed", "value": 1000.0, "kimg": preset["train"]["kimg"] / 2}
+        starts |= {"scratch-1000": _fixed(1000.0), "scratch-1000-annealed": {"balance": slowly}}
+    for name, options in starts.items():
+        add(name, options, {"vae": "vae"} if name.startswith("vae") else {}, preset["train"], evaluations=measured)
     return found

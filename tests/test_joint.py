@@ -8,7 +8,7 @@ from hybridvae.core import Draws, build_model, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
-from hybridvae.joint import BALANCES, Balance, JointDiffuseVAE, code_use, experiments, laplacian_loss
+from hybridvae.joint import BALANCES, BEST, CONTROLS, Balance, JointDiffuseVAE, code_use, experiments, laplacian_loss
 from hybridvae.training import TrainConfig, latest_checkpoint, train
 from hybridvae.vae import reparameterize
 from safetensors.torch import load_file
@@ -295,3 +295,28 @@ def test_unknown_choices_are_refused():
     for bad in ({"gradient_to": "unet"}, {"balance": {"name": "luck"}}, {"vae_weighting": "none"}, {"cond_dropout": 0.1}):
         with pytest.raises(ValueError, match=list(bad)[0]):
             JointDiffuseVAE(VAE_CONFIG, UNET, **bad)
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "cifar10", "celeba64"])
+def test_entries_that_are_compared_start_alike_and_see_equally_many_images(dataset):
+    entries = {(e.experiment, e.seed): e for e in experiments(dataset)}
+    assert len(entries) == len(experiments(dataset))  # no name twice
+    assert len({str(e.config) for e in entries.values() if e.seed == 0}) == sum(seed == 0 for _, seed in entries)  # nor one config under two names
+    start = entries["joint-none", 0].config | {"model": None}
+    for name in ("0.1", "1", "10", "100", "b16-none", "b16-10", "uncertainty", "frozen", "10-decoder"):
+        entry = entries[f"joint-{name}", 0]
+        assert entry.config | {"model": None} == start and entry.evaluations[:2] == entries["joint-none", 0].evaluations[:2]
+    assert entries["joint-frozen-time", 0].train["kimg"] == 1.5 * entries["joint-none", 0].train["kimg"]
+    for form in ("form1-z", "form2", "form2-z"):
+        for name in ("none", "10"):
+            entry = entries[f"joint-{form}-{name}", 0]
+            assert set(entry.depends_on.values()) == {f"diffusevae-{form}"}
+            assert (entry.model["form"], entry.model["z_guidance"]) == (int(form[4]), form.endswith("z"))
+    with_seeds = {name for name, seed in entries if seed == 2}
+    assert with_seeds == {name for name, seed in entries if seed == 1} == {f"joint-{name}" for name in (*CONTROLS, *BEST)}
+
+
+def test_only_the_controls_let_no_gradient_pass():
+    for entry in experiments("shapes"):
+        blocked = entry.model["model"] == "DiffuseVAE" or entry.model.get("gradient_to") == "none"
+        assert blocked == (entry.experiment.endswith("none") or "frozen" in entry.experiment)
