@@ -127,7 +127,6 @@ class JointDiffuseVAE(DiffuseVAE):
         t_range: tuple = (0.0, 1.0),  # share of the timesteps, from little noise to much, whose gradient reaches the VAE
         ema_decay: float = 0.0,  # the condition is x̂ of an average of the VAE with this decay a step; 0 for the VAE itself
         pyramid: float = 0.0,  # weight of the Laplacian pyramid loss on x̂
-        vae_kimg: float | None = None,  # the VAE learns over the first so many thousand images, then the refiner alone; always unless given
         **kwargs,  # as in `DiffuseVAE`
     ):
         super().__init__(*args, **kwargs)
@@ -138,10 +137,10 @@ class JointDiffuseVAE(DiffuseVAE):
                 raise ValueError(f"{name} is {value!r}: choose from {', '.join(map(str, allowed))}")
         self.balance = BALANCES[balance["name"]](**{k: v for k, v in balance.items() if k != "name"})
         self.gradient_to, self.vae_weighting, self.t_range, self.pyramid = gradient_to, vae_weighting, tuple(t_range), pyramid
-        self.ema_decay, self.vae_kimg = ema_decay, vae_kimg
+        self.ema_decay = ema_decay
         self.vae.requires_grad_(True)
         self.config |= {"model": "JointDiffuseVAE", "balance": balance, "gradient_to": gradient_to, "vae_weighting": vae_weighting,
-                        "t_range": list(t_range), "ema_decay": ema_decay, "pyramid": pyramid, "vae_kimg": vae_kimg}
+                        "t_range": list(t_range), "ema_decay": ema_decay, "pyramid": pyramid}
         self.register_buffer("images_seen", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("last", torch.zeros(3), persistent=False)  # of the step before: norms at x̂ of reconstruction and diffusion, λ
         if ema_decay:  # buffers, so that a checkpoint holds them; not part of the weights
@@ -165,20 +164,15 @@ class JointDiffuseVAE(DiffuseVAE):
         t, eps = draws.randint(self.diffusion.timesteps, len(x)), draws.randn(*x.shape)
         x_cond, z_cond = self._condition(x_hat, z, t, (x_hat - x).detach() / (self.vae.sigma**2 * x.numel()))
         diffusion = self.diffusion.loss(self.denoiser(x_cond, z_cond), x, t, eps, self.shift(x_cond)).mean()
-        of_vae = self.balance.reconstruction(terms, diffusion.detach()) + self.vae.beta * terms["kl"]
+        loss = self.balance.reconstruction(terms, diffusion.detach()) + self.vae.beta * terms["kl"] + diffusion
         if self.pyramid:
             terms["pyramid"] = laplacian_loss(x, x_hat)
-            of_vae = of_vae + self.pyramid * terms["pyramid"]
-        loss = diffusion + self._vae_learns() * of_vae
+            loss = loss + self.pyramid * terms["pyramid"]
         watched = {**terms, "diffusion": diffusion, **code_use(mu, logvar), "explained": 1 - terms["mse"] / x.var(dim=0, correction=0).mean()}
         if self.training:
             watched |= dict(zip(("reconstruction_gradient", "diffusion_gradient", "strength"), self.last.clone()))
             self.images_seen += len(x) * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
         return {"loss": loss, **{k: v.detach() for k, v in watched.items()}, "kl_per_image": terms["kl"].detach() * x[0].numel()}
-
-    def _vae_learns(self) -> torch.Tensor | float:
-        "1, or 0 when the refiner is trained alone."
-        return 1.0 if self.vae_kimg is None else (self.images_seen < 1000 * self.vae_kimg).float()
 
     def _condition(self, x_hat: torch.Tensor, z: torch.Tensor, t: torch.Tensor, reconstruction_gradient: torch.Tensor):
         "x̂ and z as the U-Net sees them; their gradients arrive at the VAE weighted by λ and the timestep."
@@ -188,7 +182,6 @@ class JointDiffuseVAE(DiffuseVAE):
             x_hat = x_hat + (self._averaged(z.detach()) - x_hat).detach()
         low, high = (share * self.diffusion.timesteps for share in self.t_range)
         weight = self.diffusion.loss_weight(t, self.vae_weighting) / self.diffusion.loss_weight(t) * ((t >= low) & (t < high))
-        learns = self._vae_learns()  # now: the count goes on before the gradient comes back
         kimg, last = self.images_seen.item() / 1000 if isinstance(self.balance, Annealed) else 0.0, self.last
 
         def scale(grad_x, grad_z):
@@ -198,7 +191,6 @@ class JointDiffuseVAE(DiffuseVAE):
             norms = reconstruction_gradient.norm(), grad_x.norm()
             strength = torch.as_tensor(self.balance.strength(kimg, *norms), device=grad_x.device)
             last.copy_(torch.stack([*norms, strength]))
-            strength = learns * strength
             return strength * grad_x, strength * grad_z if self.gradient_to == "both" else torch.zeros_like(grad_z)
         return _Gate.apply(x_hat, z, scale)
 
@@ -248,7 +240,7 @@ def laplacian_loss(x: torch.Tensor, x_hat: torch.Tensor, levels: int = 3) -> tor
 # %% ../nbs/02_joint_training.ipynb #cell-031
 LAMBDAS = (0.1, 1.0, 10.0, 100.0)  # the sweep
 BETAS = (4.0, 16.0)  # heavier KL, with and without the gradient
-CONTROLS, BEST = ("frozen-time", "b8-two-stage", "none"), ("1", "b16-10")  # settings with three seeds
+CONTROLS, BEST = ("frozen-time", "b8-two-stage", "none"), ("b16-10", "b16-10-settled")  # settings with three seeds
 
 
 def _fixed(value: float) -> dict:
@@ -266,7 +258,6 @@ def _settings(kimg: float) -> dict[str, dict]:
         "10-decoder": ten | {"gradient_to": "decoder"},
         "10-low-noise": ten | {"t_range": [0.0, 0.3]}, "10-high-noise": ten | {"t_range": [0.3, 1.0]},
         "10-uniform": ten | {"vae_weighting": "uniform"}, "bound": _fixed(1.0) | {"vae_weighting": "bound"},
-        "b16-10-settled": ten | {"beta": 16.0, "vae_kimg": kimg / 2},
         "10-ema": ten | {"ema_decay": 0.99}, "10-pyramid": ten | {"pyramid": 1.0},
         "linear": annealed("linear"), "cosine": annealed("cosine"),
         "uncertainty": {"balance": {"name": "uncertainty"}}, "gradient-norm": {"balance": {"name": "gradient-norm"}},
@@ -314,10 +305,13 @@ def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
             studies=("path_length", "condition_agreement", "readout") if small and studied else ("path_length",) if studied else ())
 
     settings, frozen = _settings(longer["kimg"]), {"model": "DiffuseVAE"}
-    tune("frozen-time", frozen, train=longer | {"kimg": 1.5 * longer["kimg"]})  # a joint step was measured to take 1.5 times as long
+    part = lambda share: longer | {"kimg": share * longer["kimg"]}
+    tune("frozen-time", frozen, train=part(1.5))  # a joint step was measured to take 1.5 times as long
     for beta in (8.0, 16.0) if seed == 0 else (8.0,):  # the VAE goes on, then the refiner
         add(f"b{beta:g}-vae", {"model": "VAE", "beta": beta}, {"encoder": "vae", "decoder": "vae"}, longer)
         tune(f"b{beta:g}-two-stage", frozen | {"beta": beta}, vae=f"joint-b{beta:g}-vae")
+    tune("b16-10-half", settings["b16-10"], train=part(0.5))  # a shorter joint training, then the refiner alone: as much time
+    tune("b16-10-settled", frozen | {"beta": 16.0}, train=part(0.75), vae="joint-b16-10-half", unet="joint-b16-10-half")
     for name, options in settings.items():
         if seed == 0 or name in settled:
             tune(name, options)
