@@ -157,9 +157,10 @@ def _preset(name: str, dataset: str, image_size: int) -> dict:
 def _new_model(config: dict, preset: dict, seed: int):
     "The untrained model. Raises `HybridVAEError` where its levels do not divide the image."
     import torch
+    from hybridvae.campaign import stages
     from hybridvae.core import HybridVAEError, build_model, derive_seed
 
-    _import_stages()
+    stages()  # for their models
     torch.manual_seed(derive_seed("init", seed))
     try:
         return build_model(config)
@@ -187,7 +188,7 @@ def train_model(
     import json
 
     import torch
-    from hybridvae.core import HybridVAEError, provenance, save_grid, save_model, weights_hash, write_json
+    from hybridvae.core import HybridVAEError, default_device, provenance, save_grid, save_model, weights_hash, write_json
     from hybridvae.data import Batches
     from hybridvae.training import TrainConfig, autocast, eager, train
 
@@ -205,7 +206,7 @@ def train_model(
         raise HybridVAEError(f"{out} holds another training, with other options or images: choose another folder or remove it.")
     Batches(images[0].first(1), config.batch_size, seed, n_slices=config.n_slices)  # a batch that cannot be cut is refused here
     write_json(note, asked)
-    compiled = not cpu and torch.cuda.is_available()
+    compiled = default_device(cpu).type == "cuda"
     result = train(model, images[0], config, out, seed, images[1], minutes, cpu=cpu, compile=compiled)
     if not result.finished:
         return False
@@ -297,10 +298,11 @@ def load_generator(weights: str, cpu: bool = False):
     Raises `HybridVAEError` where there is none, or the file holds a feature network.
     """
     import torch
-    from hybridvae.core import HybridVAEError, load_model
+    from hybridvae.campaign import stages
+    from hybridvae.core import HybridVAEError, default_device, load_model
     from hybridvae.features import FEATURE_WEIGHTS, weights_folder
 
-    _import_stages()
+    stages()  # for their models
     path, shipped = Path(weights), {p.stem: p for p in sorted(weights_folder().glob("*.safetensors"))}
     if not path.is_file():
         if weights not in shipped:
@@ -312,25 +314,7 @@ def load_generator(weights: str, cpu: bool = False):
     model = load_model(path)
     if not hasattr(model, "sample"):
         raise HybridVAEError(f"{weights} holds a {type(model).__name__}, which draws no images: give the weights of a generator.")
-    return model.to(_device(cpu), memory_format=torch.channels_last)
-
-
-def _import_stages() -> None:
-    "Import all modules, so that every stage's models are known."
-    import importlib
-    import pkgutil
-
-    import hybridvae
-
-    for module in pkgutil.iter_modules(hybridvae.__path__):
-        if not module.name.startswith("_") and module.name != "cli":
-            importlib.import_module(f"hybridvae.{module.name}")
-
-
-def _device(cpu: bool):
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    return model.to(default_device(cpu), memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager
@@ -678,7 +662,7 @@ def evaluate(
     cpu: Cpu = False,
 ):
     "Measure a model, or given images, against a data set."
-    from hybridvae.core import HybridVAEError, atomic_path
+    from hybridvae.core import HybridVAEError, atomic_path, default_device
     from hybridvae.data import load_data
 
     if bool(weights) == (images is not None):
@@ -694,7 +678,7 @@ def evaluate(
         _refuse(ctx, ("sampler", "steps", "guidance_weight", "seed", "batch"), "--images")
         model, asked, test = None, {}, load_data(dataset, "test")
         n, made = _image_batches(images, n, test.image_size)
-    data, networks = load_data(dataset, "train"), _feature_networks(dataset, features, inception, _device(cpu))
+    data, networks = load_data(dataset, "train"), _feature_networks(dataset, features, inception, default_device(cpu))
     with atomic_path(json) if json else contextlib.nullcontext() as file:
         found = _measured(model, made, {**asked, "n": n or 2_000}, networks, {"held-out": test, "training set": data}, seed, batch)
         what = {"weights": weights} if weights else {"images": str(images)}
@@ -777,7 +761,7 @@ def campaign(
 ):
     "Run all experiments that are not recorded yet."
     from hybridvae.campaign import queue, run_campaign
-    from hybridvae.core import HybridVAEError
+    from hybridvae.core import HybridVAEError, default_device
 
     chosen = [option for option, on in (("--dry-run", dry_run), ("--list", list_), ("--throughput", throughput)) if on]
     if len(chosen) > 1:
@@ -796,7 +780,7 @@ def campaign(
         _try_out(entries, minutes)
     else:
         large = next((e.dataset for e in entries if e.dataset != "shapes" and not e.experiment.endswith("-cpu")), None)
-        if large and not cpu and _device(cpu).type == "cpu":
+        if large and not cpu and default_device(cpu).type == "cpu":
             raise HybridVAEError(f"there is no GPU here, and the experiments on {large} would take weeks without one: choose --dataset shapes or "
                                  "one that ends in -cpu, or insist with --cpu.")
         try:

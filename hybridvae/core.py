@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'RECORD_KEYS', 'PRESETS', 'HybridVAEError', 'atomic_path', 'derive_seed', 'Draws', 'Model', 'build_model',
            'count_parameters', 'to_float', 'to_uint8', 'image_grid', 'show_images', 'save_grid', 'config_hash',
-           'weights_hash', 'project_root', 'device_name', 'provenance', 'record_path', 'write_record', 'write_json',
-           'load_record', 'load_records', 'save_model', 'load_model', 'budget']
+           'weights_hash', 'project_root', 'default_device', 'device_name', 'provenance', 'record_path', 'write_record',
+           'write_json', 'load_record', 'load_records', 'save_model', 'load_model', 'budget']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 import contextlib
@@ -247,6 +247,11 @@ def _git(*args: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def default_device(cpu: bool = False) -> torch.device:
+    "Where to compute: the GPU if there is one, unless `cpu`."
+    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
 
 
 def device_name(device: str | torch.device) -> str:

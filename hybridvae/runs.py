@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'STUDIES', 'Entry', 'evaluate', 'Material', 'study', 'find_entry', 'TimeUp', 'Clock', 'recorded',
            'run_entry', 'results_folder', 'record_roots', 'all_records', 'grid_of', 'evaluation_of',
-           'metric_over_seeds', 'results_table', 'mean_and_spread', 'beyond_spread']
+           'metric_over_seeds', 'results_table', 'mean_and_spread', 'beyond_spread', 'verdict']
 
 # %% ../nbs/00i_runs.ipynb #cell-002
 import dataclasses
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_parameters, derive_seed, load_model,
-                            load_record, load_records, project_root, provenance, record_path, save_grid, save_model, to_uint8,
-                            weights_hash, write_json, write_record)
+from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_parameters, default_device, derive_seed,
+                            load_model, load_record, load_records, project_root, provenance, record_path, save_grid, save_model,
+                            to_uint8, weights_hash, write_json, write_record)
 from .data import Batches, ImageData, data_root, load_data
 from .features import FEATURE_WEIGHTS, FeatureModel, load_features, shipped_features
 from .metrics import ImageStatistics, compare, count_flops, describe, distance_floors, distance_scale, load_inception
@@ -242,7 +243,7 @@ class _Job:
         data, test = self.data(entry)
         self.say(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {count_parameters(model, trainable=True):,} parameters")
         config, folder = TrainConfig(**entry.train), entry.folder(self.runs)
-        compiled = not self.cpu and torch.cuda.is_available()
+        compiled = default_device(self.cpu).type == "cuda"
         result = train(model, data, config, folder, entry.seed, test, self.clock.left(), cpu=self.cpu, compile=compiled,
                        progress=self.progress)
         if not result.finished:
@@ -276,7 +277,7 @@ class _Job:
     def run(self, entry: Entry) -> dict:
         "Everything from the config to the record."
         model, trained = self.train(entry)
-        device = torch.device("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+        device = default_device(self.cpu)
         model.to(device, memory_format=torch.channels_last).eval()
         data, test = self.data(entry)
         networks = self.measuring(entry, device)
@@ -297,9 +298,10 @@ class _Job:
                     self.clock.check()
                     self.say(f"study: {name}")
                     done.add_study(name, STUDIES[name](model, material))
-            record = self.record(entry, model, trained, data, test, done, networks)
             if entry.evaluations:
                 self.pictures(entry, model)
+        with eager():  # in full precision
+            record = self.record(entry, model, trained, data, test, done, networks)
         write_record(self.runs, record)
         return record
 
@@ -401,9 +403,10 @@ def record_roots() -> list[Path]:
     return [results_folder(), *map(Path, filter(None, [os.environ.get("HYBRIDVAE_RUNS")]))]
 
 
-def all_records(dataset: str | None = None) -> list[dict]:
-    "All records (of a data set); your own replace committed ones of the same key."
-    return [r for r in load_records(*record_roots()) if dataset in (None, r["dataset"])]
+def all_records(dataset: str | None = None, entries: list[Entry] | None = None) -> list[dict]:
+    "All records (of a data set, of the experiments that are named in entries); your own replace committed ones of the same key."
+    names = entries and {entry.experiment for entry in entries}
+    return [r for r in load_records(*record_roots()) if dataset in (None, r["dataset"]) and (names is None or r["experiment"] in names)]
 
 
 def grid_of(record: dict, kind: str = "") -> Path | None:
@@ -413,14 +416,8 @@ def grid_of(record: dict, kind: str = "") -> Path | None:
 
 # %% ../nbs/00i_runs.ipynb #cell-026
 def evaluation_of(record: dict, **asked) -> dict | None:
-    "The evaluation that was made with these options and with no others (`sampler`, `steps`, `n`, `prior`, ...; n may be left out)."
-    for evaluation in record["evaluations"]:
-        options = _asked(evaluation)
-        if "n" not in asked:
-            options.pop("n")
-        if options == asked:
-            return evaluation
-    return None
+    "The evaluation that was made with these options and with no others (`sampler`, `steps`, `n`, `prior`, ...)."
+    return next((e for e in record["evaluations"] if _asked(e) == asked), None)
 
 
 def metric_over_seeds(records: list[dict], experiment: str, metric: str, **asked) -> list[float]:
@@ -456,10 +453,8 @@ def results_table(records: list[dict], kinds: tuple = ("FD", "KID", "class score
 
 def mean_and_spread(values: list[float], digits: int = 2) -> str:
     "Mean ± standard deviation over seeds; a single value as it is."
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:,.{digits}f}"
-    return f"{mean:,.{digits}f} ± {(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5:,.{digits}f}"
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
 def beyond_spread(a: list[float], b: list[float]) -> bool | None:
@@ -467,3 +462,9 @@ def beyond_spread(a: list[float], b: list[float]) -> bool | None:
     if min(len(a), len(b)) < 3:
         return None
     return max(a) < min(b) or max(b) < min(a)
+
+
+def verdict(a: list[float], b: list[float]) -> str:
+    "What the seeds say of the difference between two lists of values, in words; see `beyond_spread`."
+    beyond = beyond_spread(a, b)
+    return "too few seeds for a claim" if beyond is None else f"{'beyond' if beyond else 'within'} the spread of the seeds"

@@ -241,7 +241,7 @@ def train(
     compile: bool = False,  # torch.compile the networks
     progress: bool = True,  # show a bar with the time left
 ) -> TrainResult:
-    """Train `model`, or continue its training.
+    """Train `model`, or continue its training; a model may end it early (`Model.stop_reason`), which the result says.
 
     Raises `HybridVAEError` where the loss is not finite (naming step, terms and the last good checkpoint), or the folder
     holds another run.

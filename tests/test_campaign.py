@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import complains, generator
 from hybridvae import campaign, runs
-from hybridvae.campaign import (TINY, dry_run, listing, measure_throughput, queue, run_campaign, shrink, stand_in_data, state,
-                                throughput)
+from hybridvae.campaign import (TINY, dry_run, listing, measure_throughput, queue, run_campaign, shrink, stages, stand_in_data,
+                                state, throughput)
 from hybridvae.core import RECORD_KEYS, Draws, build_model, config_hash, count_parameters, record_path, write_record
 from hybridvae.data import load_data
 from hybridvae.metrics import count_flops
@@ -94,6 +94,7 @@ def test_a_new_stage_is_found_without_editing_another_file(tmp_path, monkeypatch
     try:
         found = queue()
         assert found[0].experiment == "new" and found[1:] == ENTRIES
+        assert sys.modules["hybridvae.zz_new_stage"] in stages() and all(hasattr(stage, "experiments") for stage in stages())
     finally:
         sys.modules.pop("hybridvae.zz_new_stage", None)
         vars(hybridvae).pop("zz_new_stage", None)
@@ -183,7 +184,7 @@ def test_the_campaign_stops_where_an_entry_was_stopped_by_the_limit(tmp_path, co
 
 def test_no_entry_is_begun_after_the_limit_and_each_is_given_what_is_left(tmp_path, committed, ran, monkeypatch):
     now, given, inner = [0.0], [], campaign.run_entry
-    monkeypatch.setattr(campaign.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
 
     def slow(e, entries, runs, minutes, *rest):
         given.append(minutes)
@@ -224,11 +225,14 @@ def test_a_dry_run_changes_the_sizes_in_its_list_and_nothing_else():
 
 @pytest.mark.parametrize("data", [*campaign.DATASETS, "shapes", "cifar10-cpu"])
 def test_what_differs_in_earnest_differs_in_the_dry_run_too(data):
-    entries = [shrink(e) for e in queue(data) if e.seed == 0]
-    names = {}
-    for e in entries:
-        names.setdefault(config_hash(e.config), []).append(e.experiment)
-    assert all(len(same) == 1 for same in names.values()), names
+    alike = {}
+    for e in queue(data):
+        if e.seed == 0:
+            alike.setdefault(config_hash(shrink(e).config), []).append(e)
+    for first, *others in alike.values():  # a dry run is as short for everybody: a difference in length alone is lost
+        for e in others:
+            as_long = dataclasses.replace(e, train={**e.train, "kimg": first.train["kimg"]})
+            assert as_long.config == first.config, (first.experiment, e.experiment)
 
 
 def test_stand_in_images_are_of_every_size_and_split_and_gone_afterwards(monkeypatch):
@@ -261,7 +265,7 @@ def test_every_entry_comes_through_a_dry_run_that_is_stopped_once(data, tmp_path
         assert "NaN" not in text and "Infinity" not in text
         assert set(record["depends_on"]) == set(e.depends_on.values())
         assert len(list(tmp_path.glob(f"{e.folder(tmp_path).parent.relative_to(tmp_path)}/seed{e.seed}*.[jp][pn]g"))) == (
-            0 if not e.evaluations else 2 if e.model["model"] == "DiffuseVAE" else 1)
+            0 if not e.evaluations else 2 if "DiffuseVAE" in e.model["model"] else 1)
     assert dry_run(entries, tmp_path) == []  # all is recorded
 
 
@@ -313,7 +317,7 @@ def test_every_model_builds_learns_and_samples_at_its_real_size(e):
     model = build_model(e.model).to(memory_format=torch.channels_last).train()
     assert e.parameters is None or count_parameters(model, trainable=True) == pytest.approx(e.parameters, rel=0.1)
     generates, size = hasattr(model, "image_shape"), load_size(e)
-    x = torch.rand(1 if generates else 2, 3, size, size, generator=generator()) * 2 - 1
+    x = torch.rand(2, 3, size, size, generator=generator()) * 2 - 1
     losses = model.training_loss(x, torch.zeros(len(x)), draws=Draws(0, 0))
     losses["loss"].backward()
     assert all(v.isfinite() for v in losses.values())

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import hybridvae
 import nbformat
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 import typer
 from conftest import files_below, generator, randomised
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hybridvae import campaign as campaigns
@@ -300,6 +302,32 @@ def test_the_guidance_weight_reaches_the_sampler(weights, tmp_path):
     expected = load_model(weights["guided"]).sample(2, steps=2, guidance_weight=3.0, generator=generator(0))
     assert np.array_equal(found[2], to_uint8(expected).permute(0, 2, 3, 1).numpy())
     assert not np.array_equal(found[0], found[1]) and not np.array_equal(found[1], found[2])
+
+
+NEW_MODEL = """
+from torch import nn, zeros
+from hybridvae.core import Model
+
+class OfANewStage(Model):
+    def __init__(self):
+        super().__init__()
+        self.config, self.weight = {"model": "OfANewStage"}, nn.Parameter(zeros(1))
+
+    def sample(self, n, **options): ...
+"""
+
+
+def test_weights_of_a_new_stage_are_opened_without_editing_another_file(tmp_path, monkeypatch):
+    (tmp_path / "zz_new_model.py").write_text(NEW_MODEL)
+    monkeypatch.setattr(hybridvae, "__path__", [*hybridvae.__path__, str(tmp_path)])
+    path = tmp_path / "new.safetensors"
+    save_file({"weight": torch.ones(1)}, path, metadata={"config": '{"model": "OfANewStage"}'})
+    try:
+        assert type(cli.load_generator(str(path), cpu=True)).__name__ == "OfANewStage"
+    finally:
+        core.MODELS.pop("OfANewStage", None)
+        sys.modules.pop("hybridvae.zz_new_model", None)
+        vars(hybridvae).pop("zz_new_model", None)
 
 
 def test_shipped_weights_have_names(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from conftest import complains, disk_full, files_below
 from hybridvae import core
 from hybridvae.core import (RECORD_KEYS, Draws, Model, atomic_path, budget, build_model, config_hash,
-                            count_parameters, derive_seed, image_grid, load_model, load_records, provenance,
+                            count_parameters, default_device, derive_seed, image_grid, load_model, load_records, provenance,
                             record_path, save_grid, save_model, to_float, to_uint8, weights_hash, write_record)
 from hybridvae.vae import VAE
 from PIL import Image
@@ -173,6 +173,12 @@ def test_the_commit_comes_from_the_environment_where_there_is_no_git(monkeypatch
     assert (provenance()["commit"], provenance()["dirty"]) == ("abc123", False)
     monkeypatch.delenv("HYBRIDVAE_COMMIT")
     assert (provenance()["commit"], provenance()["dirty"]) == ("unknown", True)
+
+
+def test_the_gpu_is_used_where_there_is_one_unless_asked_not_to(monkeypatch):
+    for there, cpu, expected in ((True, False, "cuda"), (True, True, "cpu"), (False, False, "cpu"), (False, True, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert default_device(cpu) == torch.device(expected)
 
 
 # --- weights files --------------------------------------------------------------------------------------------------

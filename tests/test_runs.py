@@ -1,4 +1,5 @@
 """Entries and records: what a run measures, how it stops and continues, which network measures, and what tables are made."""
+import contextlib
 import dataclasses
 import json
 
@@ -6,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import complains, files_below, generator
-from hybridvae import data, runs
+from hybridvae import data, runs, training
 from hybridvae.core import (PRESETS, RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, record_path,
                             save_model, weights_hash, write_record)
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.features import FaceEncoder, load_features, shipped_features
 from hybridvae.metrics import describe
 from hybridvae.runs import (Entry, beyond_spread, evaluate, evaluation_of, find_entry, mean_and_spread, metric_over_seeds,
-                            recorded, results_table, run_entry)
+                            recorded, results_table, run_entry, verdict)
 from hybridvae.vae import VAE
 from PIL import Image
 
@@ -112,6 +113,35 @@ def test_the_same_entry_gives_the_same_numbers_and_another_seed_others(whole, tm
     seeds = [run(e, tmp_path, entries=[*ENTRIES, other]) for e in (COARSE, other)]
     assert seeds[0]["weights_hash"] != seeds[1]["weights_hash"] and seeds[0]["config_hash"] == seeds[1]["config_hash"]
     assert seeds[0]["evaluations"][0]["metrics"] != seeds[1]["evaluations"][0]["metrics"]
+
+
+def test_a_record_is_measured_in_full_precision_and_nothing_of_it_is_compiled(tmp_path, monkeypatch):
+    "On hardware with fast bfloat16: only images are made in half precision."
+    where, compiling = {}, [True]
+
+    @contextlib.contextmanager
+    def eager():
+        compiling[0] = False
+        yield
+        compiling[0] = True
+
+    def note(cls, name):
+        function = getattr(cls, name)
+
+        def noted(self, *args, **options):
+            where[name] = torch.is_autocast_enabled("cpu"), compiling[0]
+            return function(self, *args, **options)
+        monkeypatch.setattr(cls, name, noted)
+    monkeypatch.setattr(training, "supports_bf16", lambda device: True)
+    monkeypatch.setattr(runs, "eager", eager)
+    monkeypatch.setitem(runs.STUDIES, "precision", lambda model, m: [torch.is_autocast_enabled("cpu"), compiling[0]])
+    for name in ("sample", "measures", "showcase"):
+        note(VAE, name)
+    record = run(dataclasses.replace(COARSE, studies=("precision",)), tmp_path)
+    where["study"] = tuple(record["precision"])
+    half, full, compiled = True, False, False
+    assert where == {"measures": (full, compiled), "study": (half, compiled), "showcase": (half, compiled),
+                     "sample": (half, compiled)}  # its last call, for the pictures
 
 
 # --- what is recorded is not run again ------------------------------------------------------------------------------
@@ -426,16 +456,17 @@ def a_record(experiment="a", seed=0, value=1.0, digest="x", model="DDPM"):
 
 def test_an_evaluation_is_found_by_exactly_its_options():
     record = a_record()
-    assert evaluation_of(record, sampler="dpmpp", steps=20)["n"] == 100
-    assert evaluation_of(record, sampler="dpmpp", steps=20, prior="ex-pde")["n"] == 50
-    for asked in (dict(sampler="ddim", steps=20), dict(sampler="dpmpp", steps=20, n=50), dict(sampler="dpmpp")):
+    main, few = record["evaluations"]
+    assert evaluation_of(record, sampler="dpmpp", steps=20, n=100) is main
+    assert evaluation_of(record, sampler="dpmpp", steps=20, n=50, prior="ex-pde") is few
+    for asked in (dict(sampler="ddim", steps=20, n=100), dict(sampler="dpmpp", steps=20, n=50), dict(sampler="dpmpp", steps=20)):
         assert evaluation_of(record, **asked) is None
 
 
 def test_metrics_over_seeds_come_in_the_order_of_seeds_and_one_shot_models_are_among_them():
     records = [a_record(seed=2, value=3.0), a_record(seed=0, value=1.0), a_record(seed=1, value=2.0), a_record("b"),
                a_record("c", model="VAE")]
-    asked = dict(sampler="dpmpp", steps=20)
+    asked = dict(sampler="dpmpp", steps=20, n=100)
     assert metric_over_seeds(records, "a", "FD (shapes)", **asked) == [1.0, 2.0, 3.0]
     assert metric_over_seeds(records, "c", "seconds_per_image", **asked) == [0.5]
     assert metric_over_seeds(records, "a", "FID", **asked) == metric_over_seeds(records, "d", "FD (shapes)", **asked) == []
@@ -455,6 +486,8 @@ def test_a_claim_needs_three_seeds_and_lists_that_do_not_overlap():
     assert beyond_spread([1, 2, 3], [4, 5, 6]) and beyond_spread([4, 5, 6], [1, 2, 3])
     assert beyond_spread([1, 2, 5], [4, 5, 6]) is False
     assert beyond_spread([1, 2], [4, 5, 6]) is None is beyond_spread([1, 2, 3], [9])
+    assert [verdict(a, [4, 5, 6]) for a in ([1, 2, 3], [1, 2, 5], [1, 2])] == [
+        "beyond the spread of the seeds", "within the spread of the seeds", "too few seeds for a claim"]
     assert mean_and_spread([1234.5]) == "1,234.50" and mean_and_spread([1.0, 3.0], 1) == f"2.0 ± {np.std([1, 3], ddof=1):.1f}"
 
 
