@@ -172,7 +172,10 @@ def test_targets_are_those_of_diffusers(schedule):
 
 def weight_of_x0(diffusion, weighting, gamma=5.0):
     snr = torch.tensor(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod))
-    return {"simple": snr, "min_snr": snr.clamp(max=gamma), "uniform": torch.ones_like(snr), "v": snr + 1}[weighting]
+    steps = [diffusion.posterior(torch.ones(()), torch.zeros(()), t) for t in range(diffusion.timesteps)]  # c₁ and the variance
+    kl = torch.tensor([c1.item() ** 2 / (2 * (variance or 1 - diffusion.alpha_bar(t))) for t, (c1, variance) in enumerate(steps)])
+    return {"simple": snr, "min_snr": snr.clamp(max=gamma), "uniform": torch.ones_like(snr), "v": snr + 1,
+            "bound": diffusion.timesteps * kl}[weighting]
 
 
 def claim(diffusion, x0, y, t):
