@@ -17,6 +17,15 @@ def randomised(model, scale=0.2, seed=0):
     return model.eval()
 
 
+@pytest.fixture
+def double_precision(monkeypatch):
+    "All numbers in float64, those that the package casts to float32 too: equalities can then be tight."
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -26,13 +26,7 @@ ALL_VARIANTS = pytest.mark.parametrize("form, z_guidance, concat", [
 SAMPLERS = pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp"])
 
 
-@pytest.fixture(autouse=True)
-def double_precision(monkeypatch):
-    "All numbers of this file in float64, those that the package casts to float32 too: equalities can then be tight."
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def model(form=1, z_guidance=False, concat=True, unet=None, diffusion=None, cond_dropout=0.0):

@@ -19,13 +19,7 @@ UNET = dict(image_size=16, width=8, multipliers=(1, 2), attention=(8,))
 VARIANTS = pytest.mark.parametrize("form, z_guidance", [(1, False), (1, True), (2, False), (2, True)])
 
 
-@pytest.fixture(autouse=True)
-def double_precision(monkeypatch):
-    "All numbers of this file in float64: equalities can then be tight."
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def model(**options):
