@@ -57,8 +57,8 @@ class Balance(nn.Module):
         "The reconstruction term of the loss, a scalar, from the means of `VAE.terms_of` and of the diffusion loss (no gradient)."
         return terms["reconstruction"]
 
-    def strength(self, kimg: float, reconstruction: torch.Tensor, diffusion: torch.Tensor) -> float | torch.Tensor:
-        "λ after so many thousand images; the other two are the norms of both terms' gradients at x̂."
+    def strength(self, kimg: torch.Tensor, reconstruction: torch.Tensor, diffusion: torch.Tensor) -> float | torch.Tensor:
+        "λ after so many thousand images; the other two are the norms of both terms' gradients at x̂. All are scalars on the device."
         return self.value
 
 
@@ -75,8 +75,8 @@ class Annealed(Balance):
         self.kimg, self.shape = kimg, shape
 
     def strength(self, kimg, reconstruction, diffusion):
-        u = min(1.0, kimg / self.kimg)
-        return self.value * (u if self.shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * u))
+        u = (kimg / self.kimg).clamp(max=1.0)
+        return self.value * (u if self.shape == "linear" else 0.5 - 0.5 * (math.pi * u).cos())
 
 
 class Uncertainty(Balance):
@@ -182,14 +182,14 @@ class JointDiffuseVAE(DiffuseVAE):
             x_hat = x_hat + (self._averaged(z.detach()) - x_hat).detach()
         low, high = (share * self.diffusion.timesteps for share in self.t_range)
         weight = self.diffusion.loss_weight(t, self.vae_weighting) / self.diffusion.loss_weight(t) * ((t >= low) & (t < high))
-        kimg, last = self.images_seen.item() / 1000 if isinstance(self.balance, Annealed) else 0.0, self.last
+        kimg, last = self.images_seen / 1000, self.last
 
         def scale(grad_x, grad_z):
             if self.gradient_to == "none":
                 return torch.zeros_like(grad_x), torch.zeros_like(grad_z)
             grad_x, grad_z = weight[:, None, None, None] * grad_x, weight[:, None] * grad_z
             norms = reconstruction_gradient.norm(), grad_x.norm()
-            strength = torch.as_tensor(self.balance.strength(kimg, *norms), device=grad_x.device)
+            strength = torch.zeros_like(norms[0]) + self.balance.strength(kimg, *norms)
             last.copy_(torch.stack([*norms, strength]))
             return strength * grad_x, strength * grad_z if self.gradient_to == "both" else torch.zeros_like(grad_z)
         return _Gate.apply(x_hat, z, scale)
@@ -199,9 +199,9 @@ class JointDiffuseVAE(DiffuseVAE):
         "x̂ of the decoder's average, after bringing that up to date."
         average = {name: getattr(self, f"average_{name.replace('.', '-')}") for name, _ in self.vae.decoder.named_parameters()}
         if self.training:
-            decay = self.ema_decay if self.images_seen else 0.0  # starts at the decoder
+            share = torch.where(self.images_seen > 0, 1 - self.ema_decay, 1.0)  # at first it is the decoder
             for name, p in self.vae.decoder.named_parameters():
-                average[name].lerp_(p, 1 - decay)
+                average[name].lerp_(p, share.to(p.dtype))
         return torch.func.functional_call(self.vae.decoder, average, (z,))
 
     def stop_reason(self, history: list[dict]) -> str | None:
@@ -278,7 +278,7 @@ def experiments(dataset: str | None = None) -> list[Entry]:
 
 def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
     "The entries of one data set and seed."
-    small, settled = dataset == "shapes", (*CONTROLS, *BEST)
+    small, repeated = dataset == "shapes", (*CONTROLS, *BEST)
     longer = preset["train"] | {"kimg": 0.4 * preset["train"]["kimg"], "lr": preset["train"]["lr"] / 4}
     main = {"sampler": "dpmpp", "steps": 20}
     measured = ({**main, "n": preset["n"]}, {**main, "n": preset["n"], "prior": "ex-pde"})
@@ -295,12 +295,12 @@ def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
             model = {"model": "JointDiffuseVAE", "vae": vae, "unet": preset["unet"], "diffusion": preset["diffusion"],
                      "form": 1, "z_guidance": False, **options}
         found.append(Entry(f"joint-{name}", dataset, model, train, seed, depends_on=depends_on, features="features", n_study=preset["n_study"],
-                           batch=preset["batch"], priority=first + (name not in (*settled, "b8-vae", "b16-10-half")), **rest))
+                           batch=preset["batch"], priority=first + (name not in (*repeated, "b8-vae", "b16-10-half")), **rest))
 
     def tune(name: str, options: dict, form: int = 1, z: bool = False, train: dict = longer, **depends_on):
         "A trained pair goes on, or parts of it and others."
         pair = f"diffusevae-form{form}{'-z' * z}"
-        studied = name in settled or small and name in map("{:g}".format, LAMBDAS)
+        studied = name in repeated or small and name in map("{:g}".format, LAMBDAS)
         add(name, options | {"form": form, "z_guidance": z}, {"vae": pair, "unet": pair, **depends_on}, train,
             evaluations=measured + (curve if studied else ()),
             studies=("path_length", "condition_agreement", "readout") if small and studied else ("path_length",) if studied else ())
@@ -314,7 +314,7 @@ def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
     tune("b16-10-half", settings["b16-10"], train=part(0.5))  # a shorter joint training, then the refiner alone: as much time
     tune("b16-10-settled", frozen | {"beta": 16.0}, train=part(0.75), vae="joint-b16-10-half", unet="joint-b16-10-half")
     for name, options in settings.items():
-        if name in settled or seed == 0 and (small or name in (*map("{:g}".format, LAMBDAS), "gradient-norm")):
+        if name in repeated or seed == 0 and (small or name in (*map("{:g}".format, LAMBDAS), "gradient-norm")):
             tune(name, options)
     if seed or not small:
         return found

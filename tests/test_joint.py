@@ -121,8 +121,8 @@ def test_the_bound_weighs_an_error_by_the_kl_of_the_posteriors_times_the_number_
 def test_annealing_counts_images_and_reaches_its_value():
     for shape, half in (("linear", 1.0), ("cosine", 1.0)):
         balance = BALANCES["annealed"](2.0, kimg=0.032, shape=shape)
-        assert [balance.strength(k, None, None) for k in (0.0, 0.016, 0.032, 1.0)] == pytest.approx([0.0, half, 2.0, 2.0])
-    assert BALANCES["annealed"](1.0, kimg=1.0, shape="cosine").strength(0.25, None, None) == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 4))
+        assert balance.strength(torch.tensor([0.0, 0.016, 0.032, 1.0]), None, None).tolist() == pytest.approx([0.0, half, 2.0, 2.0])
+    assert BALANCES["annealed"](1.0, kimg=1.0, shape="cosine").strength(torch.tensor(0.25), None, None).item() == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 4))
     m = model(balance={"name": "annealed", "value": 2.0, "kimg": 0.032})
     seen = []
     for step in range(6):
@@ -274,15 +274,16 @@ def test_a_saved_model_comes_back_without_what_only_training_needs(tmp_path):
 
 
 def test_another_balance_takes_a_few_lines():
-    class ByError(Balance):
-        name = "by-error"
+    class ByImages(Balance):
+        name = "by-images"
 
         def strength(self, kimg, reconstruction, diffusion):
-            return self.value * 7
-    m = model(balance={"name": "by-error", "value": 2.0})
-    m.training_loss(images(), draws=Draws(0, 0))["loss"].backward()
-    assert m.last[2].item() == 14 and build_model(m.config).balance.value == 2
-    del BALANCES["by-error"]
+            return self.value + kimg
+    m = model(balance={"name": "by-images", "value": 2.0})
+    for step in range(2):
+        m.training_loss(images(), draws=Draws(0, step))["loss"].backward()
+    assert m.last[2].item() == pytest.approx(2.008) and build_model(m.config).balance.value == 2
+    del BALANCES["by-images"]
 
 
 def test_unknown_choices_are_refused():
