@@ -142,11 +142,21 @@ class GaussianDiffusion:
             raise ValueError(f"steps is {steps}: choose from 1 to {self.timesteps}")
         return (np.round(np.arange(self.timesteps, 0, -self.timesteps / steps)).astype(int) - 1).tolist()[:steps] + [-1]
 
+    def start_of(self, steps: int, taken: int | None = None) -> int:
+        "The timestep at which the last `taken` of so many steps begin (Meng et al. 2022, algorithm 1)."
+        return self.timestep_grid(steps)[-1 - self._taken(steps, taken)]
+
+    @staticmethod
+    def _taken(steps: int, taken: int | None) -> int:
+        if taken is not None and not 1 <= taken <= steps:
+            raise ValueError(f"taken is {taken}: choose from 1 to {steps}")
+        return steps if taken is None else taken
+
     @torch.no_grad()
     def sample(
         self,
         network: Callable,  # (x_t, t) -> prediction
-        noise: torch.Tensor,  # y_T ~ N(0, I), (B, ...)
+        noise: torch.Tensor,  # y_T ~ N(0, I), (B, ...); with `taken` y at the timestep where these begin
         sampler: str = "dpmpp",  # "ancestral", "ddim" or "dpmpp"
         steps: int = 20,  # network evaluations
         shift: torch.Tensor | None = None,  # x̂ in form 2
@@ -154,12 +164,14 @@ class GaussianDiffusion:
         eta: float = 0.0,  # of DDIM: 0 deterministic, 1 as noisy as ancestral sampling
         variance: str = "small",  # of ancestral sampling: "small" is the posterior's, "large" is β
         clip: bool = True,  # clip each predicted x₀ to [-1, 1]
+        taken: int | None = None,  # take only so many of the steps, the last ones; see `start_of`
     ) -> torch.Tensor:
-        "Images x₀ (B, ...): the reverse process from pure noise, in y = x - shift."
+        """Images x₀ (B, ...): the reverse process from pure noise, in y = x - shift; or its last steps, from images that were given the noise
+        of timestep `start_of(steps, taken)`. Raises `ValueError` for a `taken` that is not in 1...steps."""
         _choice("sampler", sampler, SAMPLERS)
         _choice("variance", variance, ("small", "large"))
         y, previous = noise, None
-        grid = self.timestep_grid(steps)
+        grid = self.timestep_grid(steps)[-1 - self._taken(steps, taken):]
         for t, s in zip(grid[:-1], grid[1:]):
             t_batch = torch.full((len(y),), t, device=y.device)
             x_t = y if shift is None else y + shift

@@ -158,9 +158,10 @@ class JointDiffuseVAE(DiffuseVAE):
         """
         draws = draws or Draws(torch.seed(), 0, device=x.device)
         mu, logvar = self.vae.encode(x)
-        z = reparameterize(mu, logvar, draws.randn(*mu.shape))
+        noise = draws.randn(*mu.shape)
+        z = reparameterize(mu, logvar, noise)
         x_hat = self.vae.decode(z)
-        terms = {k: v.mean() for k, v in self.vae.terms_of(x, x_hat, mu, logvar).items()}
+        terms = {k: v.mean() for k, v in self.vae.terms_of(x, x_hat, mu, logvar, noise).items()}
         t, eps = draws.randint(self.diffusion.timesteps, len(x)), draws.randn(*x.shape)
         x_cond, z_cond = self._condition(x_hat, z, t, (x_hat - x).detach() / (self.vae.sigma**2 * x.numel()))
         diffusion = self.diffusion.loss(self.denoiser(x_cond, z_cond), x, t, eps, self.shift(x_cond)).mean()

@@ -67,7 +67,8 @@ class Entry:
         return record_path(runs, key).with_suffix("")
 
 
-OPTIONS = ("sampler", "steps", "n", "prior", "guidance_weight", "eta", "variance")  # what an evaluation may ask for
+OPTIONS = ("sampler", "steps", "n", "prior", "guidance_weight", "eta", "variance",
+           "uncertainty", "strength", "start", "shuffled")  # what an evaluation may ask for
 
 
 def _asked(evaluation: dict) -> dict:
@@ -105,9 +106,10 @@ def evaluate(
             each.add(images[:n - start])
     timed = seconds[1:] or seconds
     guided = evaluation.get("guidance_weight", 1) not in (0, 1)
+    told = {k: v for option in asked.values() if hasattr(option, "report") for k, v in option.report().items()}
     metrics = [compare(*part) for part in zip(seen, references, networks)]
     return {**evaluation, "nfe": 0 if evaluation["sampler"] is None else steps * (1 + guided),
-            "seconds_per_image": sum(timed) / len(timed) / batch, "batch": batch, "metrics": {k: v for m in metrics for k, v in m.items()}}
+            "seconds_per_image": sum(timed) / len(timed) / batch, "batch": batch, **told, "metrics": {k: v for m in metrics for k, v in m.items()}}
 
 # %% ../nbs/00i_runs.ipynb #cell-011
 @dataclasses.dataclass

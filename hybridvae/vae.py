@@ -7,12 +7,13 @@ __all__ = ['kl_divergence', 'reparameterize', 'group_norm', 'ResidualBlock', 'En
 
 # %% ../nbs/00d_vae.ipynb #cell-002
 import math
+import warnings
 
 import torch
 from torch import nn
 
 from .core import Draws, Model, to_float, weights_hash
-from .priors import StandardNormal, fit_mixture
+from .priors import FlowPrior, StandardNormal, VampPrior, build_prior, fit_by_name, kl_monte_carlo
 
 # %% ../nbs/00d_vae.ipynb #cell-006
 def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
@@ -88,7 +89,8 @@ class Decoder(nn.Module):
 class VAE(Model):
     """Residual convolutional VAE with a Gaussian decoder of fixed standard deviation (Kingma & Welling 2014).
 
-    `beta` weights the KL in nats per dimension (Higgins et al. 2017).
+    `beta` weights the KL in nats per dimension (Higgins et al. 2017). With a learned prior (see `00c_priors`) the KL is estimated with
+    the drawn code (Kingma & Welling 2014, equation 6).
     """
 
     def __init__(
@@ -102,17 +104,21 @@ class VAE(Model):
         patch: int = 2,  # pixels that the first layer joins, along each side
         sigma: float = 0.2,  # standard deviation s of the decoder, image range [-1, 1]
         beta: float = 1.0,  # weight of the KL
+        prior: dict | None = None,  # config of a learned prior, `dim` left out; N(0, I) unless given
     ):
         super().__init__()
         shape = dict(image_size=image_size, channels=channels, z_dim=z_dim, width=width,
                      multipliers=list(multipliers), blocks=blocks, patch=patch)
         if image_size % (patch * 2 ** (len(multipliers) - 1)):
             raise ValueError(f"image_size {image_size} does not divide by patch {patch} and {len(multipliers) - 1} halvings")
-        self.config = {"model": "VAE", **shape, "sigma": sigma, "beta": beta}
+        self.config = {"model": "VAE", **shape, "sigma": sigma, "beta": beta, "prior": prior}
         self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
-        self.prior = StandardNormal(z_dim)
-        self._mixtures = {}  # priors fitted afterwards, kept for these weights; no part of the model
         self.z_dim, self.image_shape, self.sigma, self.beta = z_dim, (channels, image_size, image_size), sigma, beta
+        images = {"image_shape": self.image_shape} if prior and prior["prior"] == "VampPrior" else {}
+        self.prior = build_prior({"dim": z_dim, **images, **prior}) if prior else StandardNormal(z_dim)
+        if images:
+            self.prior.bind(self.encode)
+        self._fitted = {}  # priors fitted afterwards, kept for these weights; no part of the model
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Image (B, C, H, W) in [-1, 1] -> mu, logvar of q(z|x), each (B, z_dim)."
@@ -125,20 +131,41 @@ class VAE(Model):
     def elbo_terms(self, x: torch.Tensor, eps: torch.Tensor) -> dict[str, torch.Tensor]:
         "Reconstruction (negative log likelihood), its squared error, and KL, each (B,) in nats (or squares) per dimension."
         mu, logvar = self.encode(x)
-        return self.terms_of(x, self.decode(reparameterize(mu, logvar, eps)), mu, logvar)
+        return self.terms_of(x, self.decode(reparameterize(mu, logvar, eps)), mu, logvar, eps)
 
-    def terms_of(self, x: torch.Tensor, x_hat: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor) -> dict[str, torch.Tensor]:
-        "The terms of images x whose code and reconstruction are known, each (B,)."
+    def terms_of(self, x: torch.Tensor, x_hat: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor, eps: torch.Tensor) -> dict[str, torch.Tensor]:
+        "The terms of images x whose reconstruction x̂ was decoded from the code μ + σ ε, each (B,)."
         mse = (x - x_hat).square().mean(dim=(1, 2, 3))
         nll = mse / (2 * self.sigma**2) + math.log(self.sigma) + 0.5 * math.log(2 * math.pi)  # -log N(x; x̂, s²)
-        return {"reconstruction": nll, "mse": mse, "kl": kl_divergence(mu, logvar) / x[0].numel()}
+        exact = isinstance(self.prior, StandardNormal)
+        kl = kl_divergence(mu, logvar) if exact else kl_monte_carlo(mu, logvar, self.prior, eps)
+        return {"reconstruction": nll, "mse": mse, "kl": kl / x[0].numel()}
 
     def training_loss(self, x: torch.Tensor, y=None, *, draws: Draws | None = None) -> dict[str, torch.Tensor]:
-        "-ELBO with the KL weighted by beta, nats per dimension; its terms, also per image."
+        """-ELBO with the KL weighted by beta, nats per dimension; its terms, also per image; the mean of σ²; of a flow |log det|, its mean
+        per dimension of the code."""
         draws = draws or Draws(torch.seed(), 0, device=x.device)
-        terms = {k: v.mean() for k, v in self.elbo_terms(x, draws.randn(len(x), self.z_dim)).items()}
-        return {"loss": terms["reconstruction"] + self.beta * terms["kl"], **terms,
+        mu, logvar = self.encode(x)
+        eps = draws.randn(*mu.shape)
+        z = reparameterize(mu, logvar, eps)
+        terms = {k: v.mean() for k, v in self.terms_of(x, self.decode(z), mu, logvar, eps).items()}
+        watched = {"posterior_variance": logvar.exp().mean()}
+        if isinstance(self.prior, FlowPrior):
+            watched["log_det"] = self.prior.to_noise(z)[1].abs().mean() / self.z_dim
+        return {"loss": terms["reconstruction"] + self.beta * terms["kl"], **terms, **{k: v.detach() for k, v in watched.items()},
                 **{f"{k}_per_image": terms[k] * x[0].numel() for k in ("reconstruction", "kl")}}
+
+    def stop_reason(self, history: list[dict]) -> str | None:
+        """A flow that has diverged: at two points in a row |log det| is above 10 nats per dimension of the code.
+
+        Warns where the mean of σ² rises above 1.5: it starts at about 1, that of a code which says nothing.
+        """
+        before, now = ([0.0, 0.0] + [p.get("posterior_variance", 0.0) for p in history])[-2:]
+        if now > 1.5 >= before:
+            warnings.warn(f"the posterior's mean variance has grown to {now:.3g}: lower beta, or the learning rate", stacklevel=2)
+        if len(history) > 1 and all(p.get("log_det", 0) > 10 for p in history[-2:]):
+            return f"the flow has diverged at {history[-1]['kimg']:g} kimg: |log det| {history[-1]['log_det']:.3g} nats per dimension, sound is at most 10"
+        return None
 
     @torch.no_grad()
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
@@ -146,13 +173,15 @@ class VAE(Model):
         return self.decode(self.encode(x)[0])
 
     def measures(self, train, test, features=None) -> dict:
-        "Held-out reconstruction error and code use, for the run record."
+        "Held-out reconstruction error, code use (KL from N(0, I)), KL from the VAE's own prior and ELBO (nats per image), mean of σ²."
         x = to_float(torch.from_numpy(test.images[:1000].copy())).to(self.device)
         with torch.no_grad():
             mu, logvar = self.encode(x)
-        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(dim=0)
-        return {"heldout_reconstruction_mse": (self.reconstruct(x) - x).square().mean().item(),
-                "kl_per_code_dimension": kl.tolist(), "active_units": int((mu.var(dim=0) > 0.01).sum())}
+            kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(dim=0)  # from N(0, I)
+            terms = self.elbo_terms(x, Draws(0, 0, device=x.device).randn(*mu.shape))
+        return {"heldout_reconstruction_mse": (self.reconstruct(x) - x).square().mean().item(), "kl_per_code_dimension": kl.tolist(),
+                "active_units": int((mu.var(dim=0) > 0.01).sum()), "heldout_kl": terms["kl"].mean().item() * x[0].numel(),
+                "heldout_elbo": -(terms["reconstruction"] + terms["kl"]).mean().item() * x[0].numel(), "posterior_variance": logvar.exp().mean().item()}
 
     @torch.no_grad()
     def sample(self, n: int, *, sampler: str = "", steps: int = 0, generator: torch.Generator | None = None,
@@ -177,11 +206,18 @@ class VAE(Model):
         return torch.cat(found)
 
     def sampling_options(self, options: dict, data, seed: int = 0) -> dict:
-        "`prior: \"ex-pde\"` becomes a mixture fitted to the codes of the training images (Pandey et al. 2022, section 4)."
-        if options.get("prior") != "ex-pde":
-            return options
+        "A prior that is named, such as `prior: \"ex-pde\"`, becomes one fitted to the codes of the training images, see `fitted_prior`."
+        name = options.get("prior")
+        return options | {"prior": self.fitted_prior(name, data, seed)} if isinstance(name, str) else options
+
+    def fitted_prior(self, name: str, data, seed: int = 0):
+        """The prior of this name (`priors.FITTED`), fitted to codes of an `ImageData` and kept for these weights.
+
+        "ex-pde" is the mixture of Pandey et al. (2022, section 4). Raises `HybridVAEError` for an unknown name or too few images.
+        """
         key = (weights_hash(self), data.name, len(data), seed)
-        if key not in self._mixtures:
-            codes = self.codes(data)
-            self._mixtures = {key: fit_mixture(codes, max(1, min(50, len(codes) // 10)), seed)}
-        return options | {"prior": self._mixtures[key]}
+        if self._fitted.get(name, (None,))[0] != key:
+            images = data.first(min(500, len(data))).float()
+            with torch.autocast(self.device.type, enabled=False):
+                self._fitted[name] = key, fit_by_name(name, self.codes(data), seed, images, self.encode)
+        return self._fitted[name][1]

@@ -398,3 +398,38 @@ def test_a_perfect_network_returns_the_image_and_not_the_image_plus_the_shift(sa
     found = diffusion.sample(perfect, normal(1), sampler, 12, shift=shift, generator=generator(3))
     torch.testing.assert_close(found, x0, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(seen[0], normal(1) + (shift if shifted else 0), rtol=0, atol=0)  # x_T ~ N(x̂, I)
+
+
+# --- the last steps only --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_last_steps_go_on_where_the_first_ones_end(sampler, shifted):
+    "One-step samplers have no memory: ten steps are the first four and, from what these leave, the last six."
+    diffusion = GaussianDiffusion()
+    noise, shift = torch.randn(2, 2, 3, 4, 4, generator=generator(), dtype=torch.float64).unbind(0)
+    shift, asked, kept = shift if shifted else None, [], {}
+
+    def network(x_t, t):
+        asked.append(t[0].item())
+        y = x_t if shift is None else x_t - shift
+        kept[t[0].item()] = y.clone()
+        return 0.3 * x_t.sin()
+    whole = diffusion.sample(network, noise, sampler, 10, shift, generator(1))
+    begin, random = diffusion.start_of(10, 6), generator(1)
+    for _ in range(4 if sampler == "ancestral" else 0):
+        torch.randn(noise.shape, generator=random, dtype=noise.dtype)  # what the first four have drawn
+    first, asked[:] = list(asked), []
+    part = diffusion.sample(network, kept[begin], sampler, 10, shift, random, taken=6)
+    assert asked == first[4:] and asked[0] == begin
+    torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_all_steps_are_taken_unless_said_otherwise_and_no_others_can_be():
+    diffusion, noise = GaussianDiffusion(), torch.randn(1, 3, 4, 4, generator=generator())
+    network = lambda x_t, t: 0.3 * x_t
+    assert torch.equal(diffusion.sample(network, noise, steps=5, taken=5), diffusion.sample(network, noise, steps=5))
+    assert diffusion.start_of(5) == diffusion.timestep_grid(5)[0] == 999 and diffusion.start_of(5, 1) == diffusion.timestep_grid(5)[-2]
+    for taken in (0, 6, -1):
+        with pytest.raises(ValueError, match=f"taken is {taken}: choose from 1 to 5"):
+            diffusion.sample(network, noise, steps=5, taken=taken)

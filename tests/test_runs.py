@@ -434,6 +434,16 @@ def test_options_reach_the_model_and_the_prior_is_fitted(monkeypatch, tmp_path):
     assert weights[:3] == [1.0, 1.0, 2.0] and set(weights[3:]) == {1.0}  # studies and pictures are not guided
 
 
+def test_an_option_that_reports_what_it_did_is_heard(eye):
+    class Told:
+        def report(self):
+            return {"nfe": 1.5, "mean_strength": 0.25}
+    evaluation = {"sampler": "ddim", "steps": 3, "n": 8, "strength": [0.0, 0.5]}
+    found = look(Camera(), eye, evaluation, options={"sampler": "ddim", "steps": 3, "adaptation": Told()}, batch=8)
+    assert (found["nfe"], found["mean_strength"], found["strength"]) == (1.5, 0.25, [0.0, 0.5])
+    assert look(Camera(), eye, {"sampler": "ddim", "steps": 3, "n": 8}, batch=8)["nfe"] == 3
+
+
 @pytest.mark.parametrize("weight", [None, 0.0, 0.5, 1.0, 2.0])
 def test_nfe_counts_the_networks_evaluations(eye, weight):
     model, calls = build_model(HYBRID.model).eval(), []
@@ -492,8 +502,8 @@ def test_a_claim_needs_three_seeds_and_lists_that_do_not_overlap():
 
 
 def test_a_failed_training_leaves_no_record(tmp_path, monkeypatch):
-    terms = VAE.elbo_terms
-    monkeypatch.setattr(VAE, "elbo_terms", lambda self, x, eps: {k: v * float("nan") for k, v in terms(self, x, eps).items()})
+    terms = VAE.terms_of
+    monkeypatch.setattr(VAE, "terms_of", lambda self, *args: {k: v * float("nan") for k, v in terms(self, *args).items()})
     with pytest.raises(HybridVAEError, match="not finite"):
         run(COARSE, tmp_path)
     assert not list(tmp_path.glob("*/*/seed*.json"))

@@ -1,12 +1,14 @@
 """The terms of the ELBO against torch.distributions, their units, the prior, and the VAE's shapes."""
 import math
+import warnings
 
 import pytest
 import torch
 from conftest import generator, randomised
-from hybridvae.core import Draws, to_float
+from hybridvae.core import Draws, load_model, save_model, to_float
 from hybridvae.data import ImageData
 from hybridvae.priors import StandardNormal
+from hybridvae.training import TrainConfig, train
 from hybridvae.vae import VAE, kl_divergence, reparameterize
 from torch.distributions import MultivariateNormal, Normal, kl_divergence as oracle_kl
 
@@ -67,7 +69,7 @@ def test_the_loss_is_the_elbo_of_torch_distributions_with_the_kl_weighted(sigma,
     kl = oracle_kl(posterior(mu, logvar), Normal(0.0, 1.0)).sum(dim=1).mean()
     dimensions = 3 * 16 * 16
     want = {"reconstruction_per_image": nll, "reconstruction": nll / dimensions,
-            "kl_per_image": kl, "kl": kl / dimensions,
+            "kl_per_image": kl, "kl": kl / dimensions, "posterior_variance": posterior(mu, logvar).variance.mean(),
             "loss": (nll + beta * kl) / dimensions, "mse": (x - vae.decode(z)).square().mean()}
     assert kl > 0.1 and terms.keys() == want.keys()
     for name, value in want.items():
@@ -104,6 +106,87 @@ def test_draws_from_the_prior_follow_the_generator_and_its_moments():
     assert not torch.equal(z, prior.sample(n, generator(5)))
     assert (z.mean(dim=0).abs() < 5 / math.sqrt(n)).all()
     assert ((z.T.cov() - torch.eye(3)).abs() < 5 * math.sqrt(2 / n)).all()
+
+
+LEARNED = [{"prior": "FlowPrior", "kind": "realnvp", "layers": 2, "hidden": 8}, {"prior": "FlowPrior", "kind": "maf", "layers": 2, "hidden": 8},
+           {"prior": "MoGPrior", "components": 3}, {"prior": "VampPrior", "components": 3}]
+
+
+@pytest.mark.parametrize("prior", LEARNED, ids=lambda p: p.get("kind", p["prior"]))
+def test_a_learned_priors_kl_is_the_difference_of_log_densities_at_the_code_that_is_decoded(prior):
+    vae, x = randomised(VAE(**SMALL, prior=prior)), images()
+    terms = vae.training_loss(x, draws=Draws(0, 0))
+    mu, logvar = vae.encode(x)
+    z = mu + posterior(mu, logvar).stddev * Draws(0, 0).randn(len(x), 5)
+    kl = (posterior(mu, logvar).log_prob(z).sum(dim=1) - vae.prior.log_prob(z)).mean()
+    nll = -Normal(vae.decode(z), vae.sigma).log_prob(x).sum(dim=(1, 2, 3)).mean()
+    torch.testing.assert_close(terms["kl_per_image"], kl, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(terms["loss"] * 768, nll + kl, rtol=1e-4, atol=1e-3)
+    assert ("log_det" in terms) == (prior["prior"] == "FlowPrior")
+
+
+def test_the_estimate_with_a_new_flow_is_the_closed_form_on_average():
+    vae, x = VAE(**SMALL, prior=LEARNED[0]).eval(), images()
+    mu, logvar = (v.repeat(5_000, 1) for v in vae.encode(x))
+    eps = torch.randn(mu.shape, generator=generator(3))
+    with torch.no_grad():
+        found = vae.terms_of(x[:1].expand(len(mu), -1, -1, -1), x[:1], mu, logvar, eps)["kl"] * 768
+    want = kl_divergence(*vae.encode(x)).mean()
+    assert abs(found.mean() - want) < 4 * found.std() / math.sqrt(len(found)) and found.std() > 0.1
+
+
+@pytest.mark.parametrize("prior", LEARNED, ids=lambda p: p.get("kind", p["prior"]))
+def test_a_learned_prior_is_trained_with_the_vae_and_saved_with_it(prior, tmp_path):
+    vae = randomised(VAE(**SMALL, prior=prior))
+    vae.training_loss(images(), draws=Draws(0, 0))["loss"].backward()
+    reached = [name for name, p in vae.prior.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(reached) > 0.7 * len(list(vae.prior.parameters())), reached  # the parts of a MAF that see nothing get none
+    again = load_model(save_model(vae, tmp_path / "vae.safetensors"))
+    torch.testing.assert_close(vae.sample(4, generator=generator()), again.sample(4, generator=generator()))
+    assert again.config == vae.config and type(again.prior) is type(vae.prior)
+
+
+def test_a_flow_that_diverges_ends_the_training_and_says_so(tmp_path):
+    data = ImageData("noise", "train", torch.randint(256, (64, 16, 16, 3), generator=generator()).to(torch.uint8).numpy())
+    config = TrainConfig(kimg=1.6, batch_size=16, n_slices=1, lr=1e-4)
+
+    def run(folder, log_scale):
+        vae = VAE(**SMALL, prior=LEARNED[0])
+        vae.prior.transform._transforms[0].log_scale.data.fill_(log_scale)
+        return train(vae, data, config, tmp_path / folder, progress=False, cpu=True)
+    assert run("sound", 1.0).stopped is None
+    result = run("diverged", -12.0)
+    assert result.step < config.steps and "flow has diverged" in result.stopped and "log_det" not in result.stopped
+
+
+def test_a_posterior_wider_than_the_prior_is_warned_of():
+    vae = VAE(**SMALL)
+    points = [{"kimg": k, "posterior_variance": v} for k, v in ((1.0, 1.1), (2.0, 1.7), (3.0, 1.8))]
+    with pytest.warns(UserWarning, match="mean variance has grown to 1.7"):
+        assert vae.stop_reason(points[:2]) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once, and not of a code that says nothing
+        assert vae.stop_reason([]) is vae.stop_reason(points[:1]) is vae.stop_reason(points) is vae.stop_reason([{"kimg": 1.0}]) is None
+
+
+def test_the_elbo_of_a_record_is_that_of_the_vaes_own_prior():
+    x = torch.randint(256, (50, 16, 16, 3), generator=generator()).to(torch.uint8)
+    data, found = ImageData("noise", "train", x.numpy()), {}
+    for name, prior in (("normal", None), ("flow", LEARNED[0])):
+        torch.manual_seed(0)
+        vae = randomised(VAE(**SMALL, prior=prior)) if prior is None else VAE(**SMALL, prior=prior)
+        if prior:  # the same encoder and decoder, and a flow that is N(0, I) shifted by one
+            vae.load_state_dict(randomised(VAE(**SMALL)).state_dict(), strict=False)
+            vae.prior.transform._transforms[0].shift.data.fill_(-1.0)
+        found[name] = vae.eval().measures(data, data)
+        eps, (mu, logvar) = Draws(0, 0).randn(50, 5), vae.encode(to_float(x))
+        z = mu + (logvar / 2).exp() * eps
+        log_prior = Normal(1.0 if prior else 0.0, 1.0).log_prob(z).sum(dim=1)
+        likelihood = Normal(vae.decode(z), vae.sigma).log_prob(to_float(x)).sum(dim=(1, 2, 3))
+        kl = posterior(mu, logvar).log_prob(z).sum(dim=1) - log_prior if prior else oracle_kl(posterior(mu, logvar), Normal(0.0, 1.0)).sum(dim=1)
+        assert found[name]["heldout_elbo"] == pytest.approx((likelihood - kl).mean().item(), rel=1e-4)
+        assert found[name]["heldout_kl"] == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert found["flow"]["kl_per_code_dimension"] == pytest.approx(found["normal"]["kl_per_code_dimension"], rel=1e-4)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
