@@ -434,7 +434,7 @@ def test_tensorboard_has_every_term_once_even_after_a_kill(tmp_path):
         quietly(before_each_loss(small_vae(), stop), tmp_path, config, heldout=held, checkpoint_kimg=0.12)  # 15 steps
     result = quietly(small_vae(seed=1), tmp_path, config, heldout=held, checkpoint_kimg=0.12)
     log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    terms = ["loss", "reconstruction", "kl", "mse", "reconstruction_per_image", "kl_per_image"]
+    terms = ["loss", "reconstruction", "kl", "mse", "reconstruction_per_image", "kl_per_image", "posterior_variance"]
     want = {*(f"train/{t}" for t in [*terms, "gradient_norm", "learning_rate"]), *(f"heldout/{t}" for t in terms)}
     assert set(log.Tags()["scalars"]) == want
     for tag in want:
