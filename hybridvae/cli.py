@@ -422,7 +422,7 @@ def sample(
     sampler: Sampler = "dpmpp",
     steps: Steps = 20,
     guidance_weight: Guidance = 1.0,
-    prior: Annotated[Literal["ex-pde"] | None, typer.Option(help="draw codes from a mixture fitted to those of --dataset")] = None,
+    prior: Annotated[Literal["ex-pde", "mog", "vamp", "realnvp", "maf"] | None, typer.Option(help="draw codes from a prior fitted to those of --dataset: a mixture (ex-pde, mog), a VampPrior, a flow (realnvp, maf)")] = None,
     dataset: Annotated[str, typer.Option(help="whose training images --prior is fitted to")] = "",
     seed: Seed = 0,
     batch: Batch = 100,

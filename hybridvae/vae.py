@@ -142,29 +142,29 @@ class VAE(Model):
         return {"reconstruction": nll, "mse": mse, "kl": kl / x[0].numel()}
 
     def training_loss(self, x: torch.Tensor, y=None, *, draws: Draws | None = None) -> dict[str, torch.Tensor]:
-        """-ELBO with the KL weighted by beta, nats per dimension; its terms, also per image; the mean of σ²; of a flow |log det|, its mean
-        per dimension of the code."""
+        """-ELBO with the KL weighted by beta, nats per dimension; its terms, also per image; the mean of σ². In evaluation mode also a flow's
+        |log det|, mean per dimension of the code: a second pass, which is not worth its time in every step."""
         draws = draws or Draws(torch.seed(), 0, device=x.device)
         mu, logvar = self.encode(x)
         eps = draws.randn(*mu.shape)
         z = reparameterize(mu, logvar, eps)
         terms = {k: v.mean() for k, v in self.terms_of(x, self.decode(z), mu, logvar, eps).items()}
         watched = {"posterior_variance": logvar.exp().mean()}
-        if isinstance(self.prior, FlowPrior):
+        if isinstance(self.prior, FlowPrior) and not self.training:
             watched["log_det"] = self.prior.to_noise(z)[1].abs().mean() / self.z_dim
         return {"loss": terms["reconstruction"] + self.beta * terms["kl"], **terms, **{k: v.detach() for k, v in watched.items()},
                 **{f"{k}_per_image": terms[k] * x[0].numel() for k in ("reconstruction", "kl")}}
 
     def stop_reason(self, history: list[dict]) -> str | None:
-        """A flow that has diverged: at two points in a row |log det| is above 10 nats per dimension of the code.
+        """A flow that has diverged: at two points in a row |log det| of held-out codes is above 10 nats per dimension.
 
         Warns where the mean of σ² rises above 1.5: it starts at about 1, that of a code which says nothing.
         """
         before, now = ([0.0, 0.0] + [p.get("posterior_variance", 0.0) for p in history])[-2:]
         if now > 1.5 >= before:
             warnings.warn(f"the posterior's mean variance has grown to {now:.3g}: lower beta, or the learning rate", stacklevel=2)
-        if len(history) > 1 and all(p.get("log_det", 0) > 10 for p in history[-2:]):
-            return f"the flow has diverged at {history[-1]['kimg']:g} kimg: |log det| {history[-1]['log_det']:.3g} nats per dimension, sound is at most 10"
+        if len(history) > 1 and all(p.get("heldout_log_det", 0) > 10 for p in history[-2:]):
+            return f"the flow has diverged at {history[-1]['kimg']:g} kimg: |log det| {history[-1]['heldout_log_det']:.3g} nats per dimension, sound is at most 10"
         return None
 
     @torch.no_grad()
@@ -215,9 +215,9 @@ class VAE(Model):
 
         "ex-pde" is the mixture of Pandey et al. (2022, section 4). Raises `HybridVAEError` for an unknown name or too few images.
         """
-        key = (weights_hash(self), data.name, len(data), seed)
+        key = (weights_hash(self), data.name, len(data), seed, self.device)
         if self._fitted.get(name, (None,))[0] != key:
-            images = data.first(min(500, len(data))).float()
-            with torch.autocast(self.device.type, enabled=False):
-                self._fitted[name] = key, fit_by_name(name, self.codes(data), seed, images, self.encode)
+            images = data.first(min(500, len(data))).float() if name == "vamp" else None
+            with torch.autocast(self.device.type, enabled=False):  # on the VAE's device, where the VampPrior's encoder is
+                self._fitted[name] = key, fit_by_name(name, self.codes(data).to(self.device), seed, images, self.encode)
         return self._fitted[name][1]

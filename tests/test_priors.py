@@ -684,6 +684,13 @@ def test_a_prior_fitted_by_name_knows_the_codes_better_than_the_vaes_own_and_fol
     assert vae.fitted_prior(name, data) is not prior
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["ex-pde", "mog", "vamp", "realnvp", "maf"])
+def test_a_prior_is_fitted_and_drawn_from_where_the_vae_is(vae, name):
+    prior = vae.cuda().fitted_prior(name, shapes(100))
+    assert vae.sample(4, prior=prior, generator=torch.Generator("cuda").manual_seed(0)).isfinite().all()
+
+
 def test_an_unknown_name_is_no_prior(vae):
     with complains("'exPDE'", "ex-pde, mog, vamp, realnvp, maf"):
         vae.sampling_options({"prior": "exPDE"}, shapes(50))
