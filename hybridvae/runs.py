@@ -68,7 +68,7 @@ class Entry:
 
 
 OPTIONS = ("sampler", "steps", "n", "prior", "guidance_weight", "eta", "variance",
-           "uncertainty", "strength", "start", "shuffled")  # what an evaluation may ask for
+           "uncertainty", "strength", "start", "ramp", "shuffled")  # what an evaluation may ask for
 
 
 def _asked(evaluation: dict) -> dict:

@@ -132,11 +132,13 @@ class UNet(nn.Module):
         t: torch.Tensor,  # timesteps, (B,)
         cond: torch.Tensor | None = None,  # condition image, (B, cond_channels, H, W)
         z: torch.Tensor | None = None,  # latent code, (B, z_dim)
+        extra: torch.Tensor | None = None,  # what else there is to know, (B, 4 width), added to the embedding as it is
     ) -> torch.Tensor:
         "The prediction, (B, C, H, W)."
         embedding = self.time_mlp(timestep_embedding(t, self.width))
         if self.z_mlp is not None:
             embedding = embedding + self.z_mlp(z)
+        embedding = embedding if extra is None else embedding + extra
         h = self.stem(self.unshuffle(torch.cat([x, cond], dim=1) if self.cond_channels else x))
         handed = [h]
         for layer in self.down:
