@@ -224,6 +224,9 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
                 raise HybridVAEError(f"{name} is {options[name]}: give two numbers {allowed}.")
             if uncertainty is None and low != high:
                 raise HybridVAEError(f"{name} goes from {low:g} to {high:g}, but no uncertainty is named: choose from {', '.join(UNCERTAINTIES)}.")
+        first, last = options.get("ramp", (0.0, 1.0))
+        if not 0 <= first <= last <= 1:
+            raise HybridVAEError(f"ramp is {options['ramp']}: give two ranks from 0 to 1, the second not below the first.")
         if uncertainty is None:
             return Adaptation(**options)
         measure = self.uncertainty(uncertainty, data, seed)
