@@ -556,7 +556,8 @@ def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
     fitted = tuple(way | {"prior": "realnvp"} for way in (main, *ways))
     studies = ("uncertainty", "priors", "adaptive", "noise")
     tuned = lambda pair: {"vae": pair, "unet": pair}
-    sweep = tuple(ways[0] | {"strength": [s, s]} for s in (0.25, 0.75)) if seed == 0 else ()
+    sweep = [ways[0] | {"strength": [s, s]} for s in (0.25, 0.75)] if seed == 0 else []  # and what the others would do with a quarter of the plans
+    sweep += [ways[0] | WAYS["adaptive strength"] | {"uncertainty": name} for name in UNCERTAINTIES if name != "cycle"] if seed == 0 else []
     refiner("adaptive-normal", preset["vae"], tuned("diffusevae-form1"), (main, *ways, *fitted, *sweep), studies)
     refiner("adaptive-flow", flow, tuned("flow-form1"), (main, *ways), studies)
     if seed == 0:
