@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNCERTAINTIES', 'WAYS', 'WAY_STEPS', 'UncertaintyHead', 'uncertainty', 'Adaptation', 'AdaptiveDiffuseVAE',
-           'ConditionFlow', 'rank_uncertainties', 'compare_priors', 'compare_ways', 'bear_noise', 'experiments']
+           'ConditionFlow', 'rank_uncertainties', 'compare_priors', 'compare_ways', 'bear_noise', 'throw_away',
+           'experiments']
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-002
 import contextlib
@@ -520,6 +521,28 @@ def bear_noise(model, m: Material) -> dict:
             found[where][how].append(frechet_distance(seen.features, m.heldout.features))
     return found
 
+# %% ../nbs/03_adaptive_conditioning.ipynb #cell-039
+@study("truncation")
+def throw_away(model, m: Material) -> dict:
+    """What if doubtful plans are thrown away and drawn again? Distance, precision and recall of refinements of the most certain share of plans by "cycle",
+    trusted in full; always the same number of images."""
+    generator, doubt, n = torch.Generator(model.device).manual_seed(m.seed), model.adaptation("cycle"), 4 * m.n
+    found = {"n": n}
+    for share in (1.0, 0.75, 0.5, 0.25):
+        plans, codes = [], []
+        while sum(map(len, codes)) < n:
+            z = model.vae.prior.sample(m.batch, generator).to(model.device)
+            x_hat = model.vae.decode(z)
+            kept = doubt.rank(x_hat, z) <= share
+            plans.append(x_hat[kept])
+            codes.append(z[kept])
+        parts = zip(torch.cat(plans)[:n].split(m.batch), torch.cat(codes)[:n].split(m.batch))
+        seen = ImageStatistics(m.features)
+        for x_hat, z in parts:
+            seen.add(to_uint8(model.refine(x_hat, z, generator=generator, steps=WAY_STEPS)))
+        found[f"{share:g}"] = {"FD": frechet_distance(seen.features, m.heldout.features), **precision_recall(seen.features, m.heldout.features[:n])}
+    return found
+
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-040
 def experiments(dataset: str | None = None) -> list[Entry]:
     """Stage 3's entries, for a data set or for all of Shapes, CIFAR-10 and CelebA-64.
@@ -554,7 +577,7 @@ def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
     refiner("flow-form1", flow, {"vae": "flow-vae"}, (main,), model="DiffuseVAE", train=preset["train"])
     ways = tuple(main | {"steps": WAY_STEPS} | asked for asked in WAYS.values())
     fitted = tuple(way | {"prior": "realnvp"} for way in (main, *ways))
-    studies = ("uncertainty", "priors", "adaptive", "noise")
+    studies = ("uncertainty", "priors", "adaptive", "noise", "truncation")
     tuned = lambda pair: {"vae": pair, "unet": pair}
     sweep = [ways[0] | {"strength": [s, s]} for s in (0.25, 0.75)] if seed == 0 else []  # and what the others would do with a quarter of the plans
     sweep += [ways[0] | WAYS["adaptive strength"] | {"uncertainty": name} for name in UNCERTAINTIES if name != "cycle"] if seed == 0 else []

@@ -352,7 +352,7 @@ def eye():
     return FeatureNetwork(image_size=16, width=4, num_features=6).double()
 
 
-@pytest.mark.parametrize("name", ["uncertainty", "adaptive", "priors", "noise"])
+@pytest.mark.parametrize("name", ["uncertainty", "adaptive", "priors", "noise", "truncation"])
 def test_a_study_answers_with_finite_numbers_the_same_ones_every_time(eye, name):
     m = model()
     m.refine = lambda *args, refine=m.refine, **options: refine(*args, **options | {"steps": 2})
