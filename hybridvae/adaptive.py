@@ -35,7 +35,8 @@ class UncertaintyHead(nn.Module):
         self.net = nn.Sequential(nn.Linear(z_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, z_dim + 1))
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = self.net(z).float()
+        with torch.autocast(z.device.type, enabled=False):  # ranks need more digits than half precision has
+            found = self.net(z.float())
         return found[:, :-1].clamp(-20, 10), found[:, -1]
 
     def loss(self, z: torch.Tensor, logvar: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
@@ -75,7 +76,8 @@ def uncertainty(
 class Adaptation:
     """How far a refinement trusts each plan: noise on x̂, and the share of the steps that is taken, by the plan's rank among others.
 
-    Called with x̂ (B, C, H, W) and z (B, D) it returns both, (B,). Where `uncertainty` is None all plans are treated as if in the middle.
+    Called with x̂ (B, C, H, W), z (B, D) and a number of steps, it returns the noise levels (B,) and the steps that each plan takes (B,), whole numbers on
+    the CPU. Where `uncertainty` is None all plans are treated as if in the middle; where it is not, `quantiles` are needed.
     """
 
     uncertainty: Callable | None = None  # (x̂, z) -> (B,), see `uncertainty`
@@ -83,7 +85,7 @@ class Adaptation:
     strength: tuple = (0.0, 0.0)  # noise level of x̂: 0 none, 1 nothing but noise
     start: tuple = (1.0, 1.0)  # share of the steps, in (0, 1]: the rest is skipped, the process begins at x̂ with noise
     ramp: tuple = (0.0, 1.0)  # ranks between which both go from their first number to their second, on a line; equal: a step
-    shuffled: bool = False  # give each plan the uncertainty of another of its batch: the control
+    shuffled: bool = False  # give each plan the uncertainty of another of its batch (of two or more): the control
     seen: list = dataclasses.field(default_factory=list)  # means of each batch, see `report`
 
     def rank(self, x_hat: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -91,16 +93,19 @@ class Adaptation:
         if self.uncertainty is None:
             return torch.full((len(z),), 0.5, device=z.device)
         edges = self.quantiles.to(z.device)
-        return torch.searchsorted(edges, self.uncertainty(x_hat, z).float().contiguous()).clamp(max=len(edges) - 1) / (len(edges) - 1)
+        with torch.autocast(z.device.type, enabled=False), eager():  # as the quantiles were computed
+            value = self.uncertainty(x_hat, z).float()
+        return torch.searchsorted(edges, value.contiguous()).clamp(max=len(edges) - 1) / (len(edges) - 1)
 
-    def __call__(self, x_hat: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, x_hat: torch.Tensor, z: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         rank, (first, last) = self.rank(x_hat, z), self.ramp
         rank = rank.roll(len(rank) // 2) if self.shuffled else rank  # plans are drawn independently: half a batch away is any other
         share = ((rank - first) / (last - first)).clamp(0, 1) if last > first else (rank > first).to(rank.dtype)
         share = share if self.uncertainty else rank  # nothing is known: all in the middle
         strength, start = (low + (high - low) * share for low, high in (self.strength, self.start))
-        self.seen.append({"mean_rank": rank.mean().item(), "mean_strength": strength.mean().item(), "images": len(rank)})
-        return strength, start
+        taken = (steps * start).round().clamp(1, steps).long().cpu()
+        self.seen.append({"mean_rank": rank.mean().item(), "mean_strength": strength.mean().item(), "nfe": taken.float().mean().item(), "images": len(rank)})
+        return strength, taken
 
     def report(self) -> dict[str, float]:
         "Means over everything refined so far: rank, strength, network evaluations."
@@ -112,8 +117,9 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
     """A DiffuseVAE that can be told how far to trust its plan.
 
     In training x̂ gets noise of any level s, √(1-s²) x̂ + s ε, and the U-Net is told s (Ho et al. 2022, section 4.2): more noise, less trust. With `film`
-    it is told σ² as well, by scale and shift; with `flow` the plan passes an invertible map first. An `UncertaintyHead` is trained beside. Samples as
-    `DiffuseVAE` does, with all trust, unless an `adaptation` is given. Raises `ValueError` for options of `DiffuseVAE` that do not go with it.
+    it is told log σ² as well, as the head predicts it from z, by scale and shift; with `flow` the plan passes an invertible map before it gets its
+    noise. An `UncertaintyHead` is trained beside. Samples as `DiffuseVAE` does, with all trust, unless an `adaptation` is given. Raises `ValueError`
+    for options of `DiffuseVAE` that do not go with it, or levels that are no shares.
     """
 
     def __init__(
@@ -125,6 +131,9 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         **kwargs,  # as in `DiffuseVAE`
     ):
         super().__init__(*args, **kwargs)
+        clean, free = levels
+        if min(clean, free) < 0 or clean + free >= 1:
+            raise ValueError(f"levels is {levels}: give two shares whose sum is below 1")
         if self.cond_dropout or not self.concat:
             raise ValueError("an AdaptiveDiffuseVAE needs concat=True and cond_dropout=0: full noise on x̂ is what no condition is elsewhere")
         z_dim, width = self.vae.z_dim, 4 * self.unet.width
@@ -133,9 +142,8 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         self.flow = ConditionFlow(z_dim=z_dim, channels=self.image_shape[0], **flow) if flow else None
         self.config |= {"model": "AdaptiveDiffuseVAE", "film": film, "levels": list(levels), "flow": flow}
 
-    def denoiser(self, x_hat: torch.Tensor, z: torch.Tensor, told: torch.Tensor | None = None):
-        "The network as a function (x_t, t) -> prediction; conditions as `conditions` returns them, full trust without `told`."
-        told = torch.cat([z.new_zeros(len(z), 1), *[self.head(z)[0]] * self.film], dim=1) if told is None else told
+    def denoiser(self, x_hat: torch.Tensor, z: torch.Tensor, told: torch.Tensor):
+        "The network as a function (x_t, t) -> prediction, with what `conditions` returns."
         extra = self.told(told)
         return lambda x_t, t: self.unet(x_t, t, cond=x_hat, z=z if self.z_guidance else None, extra=extra)
 
@@ -155,7 +163,7 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         return (1 - s.square()).sqrt() * x_hat + s * noise, z, torch.cat([strength[:, None], *[logvar] * self.film], dim=1), log_det
 
     def training_loss(self, x: torch.Tensor, y=None, *, draws: Draws | None = None) -> dict[str, torch.Tensor]:
-        "The simple diffusion loss given x̂ with noise of a drawn level, and the head's loss, which reaches nothing but the head."
+        "The simple diffusion loss given x̂ with noise of a drawn level, and the head's loss, whose gradient reaches nothing but the head."
         draws = draws or Draws(torch.seed(), 0, device=x.device)
         with torch.no_grad():
             mu, logvar = self.vae.encode(x)
@@ -190,9 +198,7 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         noise, own = normal() if noise is None else noise, normal()  # drawn in any case: all ways to trust then share their noise
         strength, taken = z.new_zeros(len(z)), torch.full((len(z),), steps)
         if adaptation is not None:
-            strength, share = adaptation(x_hat, z)
-            taken = (steps * share).round().clamp(1, steps).long().cpu()
-            adaptation.seen[-1]["nfe"] = taken.float().mean().item()
+            strength, taken = adaptation(x_hat, z, steps)
         x_cond, code, told, _ = self.conditions(x_hat, z, strength, own)
         found, sizes = torch.empty_like(x_hat), taken.unique().tolist()
         with eager() if len(sizes) > 1 else contextlib.nullcontext():  # groups of any size are not worth compiling
@@ -232,7 +238,8 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
             return Adaptation(**options)
         measure = self.uncertainty(uncertainty, data, seed)
         codes = (prior or self.vae.prior).sample(n, torch.Generator().manual_seed(derive_seed(seed, "ranks"))).to(self.device)
-        values = torch.cat([measure(self.vae.decode(z), z) for z in codes.split(250)]).float()
+        with torch.autocast(self.device.type, enabled=False), eager():
+            values = torch.cat([measure(self.vae.decode(z), z) for z in codes.split(250)]).float()
         return Adaptation(measure, values.quantile(torch.linspace(0, 1, 101, device=values.device)), **options)
 
     def sampling_options(self, options: dict, data, seed: int = 0) -> dict:
@@ -298,7 +305,8 @@ def rank_uncertainties(model, m: Material) -> dict:
     (8 x 8 averages, where no grain is left), and the mean error in each tenth of the rank. "posterior" is σ²_φ(z|x), which needs the image."""
     from scipy.stats import spearmanr
 
-    draws, measures = Draws(m.seed, 0, device=model.device), {name: model.uncertainty(name, m.train, m.seed) for name in UNCERTAINTIES}
+    draws = Draws(m.seed + 1, 0, device=model.device)  # not the noise of the codes that a density was fitted to
+    measures = {name: model.uncertainty(name, m.train, m.seed) for name in UNCERTAINTIES}
     values, errors, plans = {name: [] for name in ("posterior", *measures)}, [], []
     for x in m.test.first(min(2_000, len(m.test))).float().split(m.batch):
         x = x.to(model.device)
@@ -315,84 +323,23 @@ def rank_uncertainties(model, m: Material) -> dict:
         tenths = error[value.argsort(stable=True)].tensor_split(10)
         answer[name] = {"rank correlation": float(spearmanr(value, error).statistic), "with the plan": float(spearmanr(value, plan).statistic),
                         "error by tenth": [part.mean().item() for part in tenths]}
-        if name == "error":
-            answer[name]["predicted by tenth"] = [part.exp().mean().item() for part in value.sort()[0].tensor_split(10)]
+        if name == "error":  # the head predicts the error's logarithm: compare means of logarithms
+            answer[name]["log error by tenth"] = [part.log().mean().item() for part in tenths]
+            answer[name]["predicted by tenth"] = [part.mean().item() for part in value.sort()[0].tensor_split(10)]
     return answer
-
-
-@study("priors")
-def compare_priors(model, m: Material) -> dict:
-    """The VAE's own prior, and those fitted to its codes: KL and ELBO on held-out images (nats per image), a classifier two-sample test of its draws against
-    held-out codes, what `check_prior` finds, and the distances of x̂ and of its refinement."""
-    vae, device = model.vae, model.device
-    heldout, n, found = vae.codes(m.test, min(2_000, len(m.test)), m.seed), 2 * m.n, {"n": 2 * m.n}
-    x = m.test.first(min(1_000, len(m.test))).float().to(device)
-    mu, logvar = (torch.cat(part) for part in zip(*(vae.encode(part) for part in x.split(m.batch))))
-    eps = Draws(m.seed, 1, device=device).randn(*mu.shape)
-    z = reparameterize(mu, logvar, eps)
-    log_q = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(z).sum(dim=1)
-    nll = torch.cat([vae.terms_of(part, vae.decode(c), a, b, e)["reconstruction"] for part, c, a, b, e in
-                     zip(*(v.split(m.batch) for v in (x, z, mu, logvar, eps)))]) * x[0].numel()
-    for name in ("own", *FITTED):
-        prior = vae.prior if name == "own" else vae.fitted_prior(name, m.train, m.seed)
-        generator = torch.Generator(device).manual_seed(m.seed)
-        kl = log_q - torch.cat([prior.to(device).log_prob(part) for part in z.split(m.batch)])
-        drawn = prior.sample(len(heldout), torch.Generator(device).manual_seed(m.seed + 1)).cpu()
-        coarse, refined = [], []
-        for k in (min(m.batch, n - start) for start in range(0, n, m.batch)):
-            x_hat, images = model.sample_pairs(k, prior=prior, generator=generator, steps=WAY_STEPS)
-            coarse.append(to_uint8(x_hat).cpu())
-            refined.append(to_uint8(images).cpu())
-        distance = lambda images: frechet_distance(extract(m.features, torch.cat(images)), m.heldout.features)
-        found[name] = {"KL": kl.mean().item(), "ELBO": -(nll + kl).mean().item(), **{k: v for k, v in two_sample_test(heldout, drawn).items() if k != "n"},
-                       "check": check_prior(prior, heldout), "x̂": distance(coarse), "refined": distance(refined)}
-    return found
-
-
-@study("adaptive")
-def compare_ways(model, m: Material) -> dict:
-    """The same plans, from the VAE's own prior, refined in each of `WAYS`: precision in each quarter of the uncertainty "cycle", and of each other
-    uncertainty where the plan is trusted; how far three refinements of one plan lie apart, over the distance between those of different plans (0: the
-    plan decides all); mean squared distance of a refinement from its x̂; on Shapes how often shape and hue are those of x̂."""
-    generator, device = torch.Generator(model.device).manual_seed(m.seed), model.device
-    z = torch.cat([model.vae.prior.sample(m.batch, generator).to(device) for _ in range(math.ceil(4 * m.n / m.batch))])[:4 * m.n]
-    x_hat = torch.cat([model.vae.decode(part) for part in z.split(m.batch)])
-    parts, heldout, found = list(zip(x_hat.split(m.batch), z.split(m.batch))), m.heldout.features[:m.n], {"n": len(z), "uncertainties": {}}
-
-    def by_quarter(name: str, features: torch.Tensor) -> list[float]:
-        measure = model.uncertainty(name, m.train, m.seed)
-        quarters = torch.cat([measure(*part) for part in parts]).argsort(stable=True).cpu().tensor_split(4)
-        return [precision_recall(features[q], heldout)["precision"] for q in quarters]
-    for name, asked in WAYS.items():
-        adaptation = model.sampling_options(asked, m.train, m.seed).get("adaptation")
-
-        def refine(images, codes, seed):
-            noise = torch.Generator(device).manual_seed(seed)
-            return torch.cat([model.refine(a, b, adaptation=adaptation, generator=noise, steps=WAY_STEPS)
-                              for a, b in zip(images.split(m.batch), codes.split(m.batch))])
-        refined = refine(x_hat, z, m.seed + 1)
-        features = extract(m.features, to_uint8(refined).cpu())
-        several = torch.stack([features[:m.n], *(extract(m.features, to_uint8(refine(x_hat[:m.n], z[:m.n], m.seed + 1 + i)).cpu()) for i in (1, 2))])
-        apart = lambda a, b: (a - b).norm(dim=1).mean().item()
-        if not asked:
-            found["uncertainties"] = {key: by_quarter(key, features) for key in UNCERTAINTIES}
-        answer = {"precision by quarter": by_quarter("cycle", features),
-                  "refinements apart": (apart(several[0], several[1]) + apart(several[0], several[2])) / 2 / apart(several[0], several[1].roll(1, 0)),
-                  "from x̂": (refined - x_hat.clamp(-1, 1)).square().mean().item()}
-        if hasattr(m.features, "read"):
-            answer["agreement"] = condition_agreement(x_hat, refined, m.features)["both"]
-        found[name] = answer
-    return found
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-032
 _WORST = {"uncertainty": "cycle", "ramp": [0.75, 0.75]}  # the worst quarter of the plans
 
 WAYS = {  # to treat a plan: asked of an evaluation, see `AdaptiveDiffuseVAE.adaptation`
     "full trust": {},
-    "fixed strength": {"strength": [0.5, 0.5]},
+    "fixed strength": {"strength": [0.25, 0.25]},
     "no trust": {"strength": [1.0, 1.0]},
     "adaptive strength": {"strength": [0.0, 1.0], **_WORST},
     "shuffled strength": {"strength": [0.0, 1.0], **_WORST, "shuffled": True},
+    "half strength": {"strength": [0.5, 0.5]},
+    "graded strength": {"strength": [0.0, 1.0], "uncertainty": "cycle"},
+    "shuffled grades": {"strength": [0.0, 1.0], "uncertainty": "cycle", "shuffled": True},
     "fixed start": {"start": [0.4, 0.4]},
     "adaptive start": {"start": [0.2, 0.6], "uncertainty": "cycle"},
     "shuffled start": {"start": [0.2, 0.6], "uncertainty": "cycle", "shuffled": True},
@@ -402,40 +349,13 @@ WAYS = {  # to treat a plan: asked of an evaluation, see `AdaptiveDiffuseVAE.ada
 WAY_STEPS = 10  # on the grid of which the ways are compared
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-037
-@study("uncertainty")
-def rank_uncertainties(model, m: Material) -> dict:
-    """Does an uncertainty know the error of x̂ on held-out images? Spearman's rank correlation with the squared error, and with that of the plan alone
-    (8 x 8 averages, where no grain is left), and the mean error in each tenth of the rank. "posterior" is σ²_φ(z|x), which needs the image."""
-    from scipy.stats import spearmanr
-
-    draws, measures = Draws(m.seed, 0, device=model.device), {name: model.uncertainty(name, m.train, m.seed) for name in UNCERTAINTIES}
-    values, errors, plans = {name: [] for name in ("posterior", *measures)}, [], []
-    for x in m.test.first(min(2_000, len(m.test))).float().split(m.batch):
-        x = x.to(model.device)
-        mu, logvar = model.vae.encode(x)
-        z = reparameterize(mu, logvar, draws.randn(*mu.shape))
-        x_hat = model.vae.decode(z)
-        for name, found in values.items():
-            found.append((logvar.mean(dim=1) if name == "posterior" else measures[name](x_hat, z)).cpu())
-        errors.append((x - x_hat).square().mean(dim=(1, 2, 3)).cpu())
-        plans.append(nn.functional.adaptive_avg_pool2d(x - x_hat, 8).square().mean(dim=(1, 2, 3)).cpu())
-    error, plan = torch.cat(errors), torch.cat(plans)
-    answer = {"n": len(error)}
-    for name, value in ((name, torch.cat(found)) for name, found in values.items()):
-        tenths = error[value.argsort(stable=True)].tensor_split(10)
-        answer[name] = {"rank correlation": float(spearmanr(value, error).statistic), "with the plan": float(spearmanr(value, plan).statistic),
-                        "error by tenth": [part.mean().item() for part in tenths]}
-        if name == "error":
-            answer[name]["predicted by tenth"] = [part.exp().mean().item() for part in value.sort()[0].tensor_split(10)]
-    return answer
-
-
 @study("priors")
 def compare_priors(model, m: Material) -> dict:
     """The VAE's own prior, and those fitted to its codes: KL and ELBO on held-out images (nats per image), a classifier two-sample test of its draws against
     held-out codes, what `check_prior` finds, and the distances of x̂ and of its refinement."""
     vae, device = model.vae, model.device
-    heldout, n, found = vae.codes(m.test, min(2_000, len(m.test)), m.seed), 2 * m.n, {"n": 2 * m.n}
+    heldout, n = vae.codes(m.test, min(2_000, len(m.test)), m.seed + 1), 2 * m.n  # another noise than that of the codes a prior was fitted to
+    found = {"n": n, "n codes": len(heldout), "n ELBO": min(1_000, len(m.test))}
     x = m.test.first(min(1_000, len(m.test))).float().to(device)
     mu, logvar = (torch.cat(part) for part in zip(*(vae.encode(part) for part in x.split(m.batch))))
     eps = Draws(m.seed, 1, device=device).randn(*mu.shape)
@@ -448,12 +368,12 @@ def compare_priors(model, m: Material) -> dict:
         generator = torch.Generator(device).manual_seed(m.seed)
         kl = log_q - torch.cat([prior.to(device).log_prob(part) for part in z.split(m.batch)])
         drawn = prior.sample(len(heldout), torch.Generator(device).manual_seed(m.seed + 1)).cpu()
-        coarse, refined = [], []
+        coarse, refined = ImageStatistics(m.features), ImageStatistics(m.features)
         for k in (min(m.batch, n - start) for start in range(0, n, m.batch)):
             x_hat, images = model.sample_pairs(k, prior=prior, generator=generator, steps=WAY_STEPS)
-            coarse.append(to_uint8(x_hat).cpu())
-            refined.append(to_uint8(images).cpu())
-        distance = lambda images: frechet_distance(extract(m.features, torch.cat(images)), m.heldout.features)
+            coarse.add(to_uint8(x_hat))
+            refined.add(to_uint8(images))
+        distance = lambda seen: frechet_distance(seen.features, m.heldout.features)
         found[name] = {"KL": kl.mean().item(), "ELBO": -(nll + kl).mean().item(), **{k: v for k, v in two_sample_test(heldout, drawn).items() if k != "n"},
                        "check": check_prior(prior, heldout), "x̂": distance(coarse), "refined": distance(refined)}
     return found
@@ -489,7 +409,7 @@ def compare_ways(model, m: Material) -> dict:
         answer = {"precision by quarter": by_quarter("cycle", features),
                   "refinements apart": (apart(several[0], several[1]) + apart(several[0], several[2])) / 2 / apart(several[0], several[1].roll(1, 0)),
                   "from x̂": (refined - x_hat.clamp(-1, 1)).square().mean().item()}
-        if hasattr(m.features, "read"):
+        if getattr(m.features, "factors", False):
             answer["agreement"] = condition_agreement(x_hat, refined, m.features)["both"]
         found[name] = answer
     return found
@@ -497,28 +417,23 @@ def compare_ways(model, m: Material) -> dict:
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-038
 @study("noise")
 def bear_noise(model, m: Material) -> dict:
-    """Distance over noise that is added to x̂ (range [-1, 1]) or to z (of order 1): the plan trusted as if there were none; told of (x̂: the level that the
-    noise amounts to, x̂ scaled to match) or left to the uncertainty "cycle" (z: the worst quarter is not trusted)."""
-    worst = model.sampling_options(WAYS["adaptive strength"], m.train, m.seed)["adaptation"]
-    found = {"n": m.n, "levels": list(ROBUSTNESS_LEVELS), "on x̂": {"trusted": [], "told": []}, "on z": {"trusted": [], "doubted": []}}
-    for where, how in ((where, how) for where in ("on x̂", "on z") for how in found[where]):
-        for level in ROBUSTNESS_LEVELS:
-            generator, other = (torch.Generator(model.device).manual_seed(s) for s in (m.seed, m.seed + 1))
-            normal = lambda like: torch.randn(like.shape, generator=other, device=model.device)
-            seen = ImageStatistics(m.features)
-            for k in m.parts:
-                z = model.vae.prior.sample(k, generator).to(model.device)
-                z = z + level * normal(z) if where == "on z" else z
-                x_hat, noise = model.vae.decode(z), torch.randn(k, *model.image_shape, generator=generator, device=model.device)
-                if how == "told":
-                    size = math.sqrt(1 + level**2)  # √(1-s²) x̂ + s ε with s = level / size
-                    x_cond, code, told, _ = model.conditions(x_hat, z, z.new_full((k,), level / size), normal(x_hat))
-                    images = model.diffusion.sample(model.denoiser(x_cond, code, told), noise, "dpmpp", WAY_STEPS, model.shift(x_cond))
-                else:
-                    x_hat = x_hat + level * normal(x_hat) if where == "on x̂" else x_hat
-                    images = model.refine(x_hat, z, adaptation=worst if how == "doubted" else None, noise=noise, steps=WAY_STEPS, generator=other)
-                seen.add(to_uint8(images))
-            found[where][how].append(frechet_distance(seen.features, m.heldout.features))
+    """Distance over noise on x̂ (range [-1, 1]) or on z (of order 1), the refiner's own noise the same: plans trusted as if there were none; the level of
+    the noise on x̂ told; or those plans not trusted that "cycle" finds worse than three quarters of the prior's, without noise."""
+    levels, n, doubt = ROBUSTNESS_LEVELS[::2], 4 * m.n, model.sampling_options(WAYS["adaptive strength"], m.train, m.seed)["adaptation"]
+    found = {"n": n, "levels": list(levels), "on x̂": {"trusted": [], "told": [], "doubted": []}, "on z": {"trusted": [], "doubted": []}}
+    for where, how, level in ((where, how, level) for where in ("on x̂", "on z") for how in found[where] for level in levels):
+        generator, other = (torch.Generator(model.device).manual_seed(s) for s in (m.seed, m.seed + 1))
+        normal = lambda like: level * torch.randn(like.shape, generator=other, device=model.device)
+        s = level / math.sqrt(1 + level**2)  # the noise that `refine` then adds is as large, beside x̂, as that which is added here otherwise
+        adaptation = {"trusted": None, "told": Adaptation(strength=(s, s)), "doubted": doubt}[how]
+        seen = ImageStatistics(m.features)
+        for k in (min(m.batch, n - start) for start in range(0, n, m.batch)):
+            z = model.vae.prior.sample(k, generator).to(model.device)
+            z = z + normal(z) if where == "on z" else z
+            x_hat = model.vae.decode(z)
+            x_hat = x_hat + normal(x_hat) if where == "on x̂" and how != "told" else x_hat
+            seen.add(to_uint8(model.refine(x_hat, z, adaptation=adaptation, generator=generator, steps=WAY_STEPS)))
+        found[where][how].append(frechet_distance(seen.features, m.heldout.features))
     return found
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-039
@@ -527,7 +442,8 @@ def throw_away(model, m: Material) -> dict:
     """What if doubtful plans are thrown away and drawn again? Distance, precision and recall of refinements of the most certain share of plans by "cycle",
     trusted in full; always the same number of images."""
     generator, doubt, n = torch.Generator(model.device).manual_seed(m.seed), model.adaptation("cycle"), 4 * m.n
-    found = {"n": n}
+    k = min(n, len(m.heldout.features))  # precision and recall need sets of equal size
+    found = {"n": n, "n precision": k}
     for share in (1.0, 0.75, 0.5, 0.25):
         plans, codes = [], []
         while sum(map(len, codes)) < n:
@@ -540,15 +456,15 @@ def throw_away(model, m: Material) -> dict:
         seen = ImageStatistics(m.features)
         for x_hat, z in parts:
             seen.add(to_uint8(model.refine(x_hat, z, generator=generator, steps=WAY_STEPS)))
-        found[f"{share:g}"] = {"FD": frechet_distance(seen.features, m.heldout.features), **precision_recall(seen.features, m.heldout.features[:n])}
+        found[f"{share:g}"] = {"FD": frechet_distance(seen.features, m.heldout.features), **precision_recall(seen.features[:k], m.heldout.features[:k])}
     return found
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-040
 def experiments(dataset: str | None = None) -> list[Entry]:
     """Stage 3's entries, for a data set or for all of Shapes, CIFAR-10 and CelebA-64.
 
-    VAEs whose prior is a flow, trained with them, and a plain DiffuseVAE on each; pairs with either prior, fine-tuned into models that adapt; and
-    variants: told σ², a flow between plan and refiner, other learned priors.
+    VAEs whose prior is a flow, trained with them, and a plain DiffuseVAE on each; pairs with either prior, fine-tuned into models that adapt, one also
+    as it is; and variants: told σ², a flow between plan and refiner, other learned priors.
     """
     return [entry for name in ("shapes", "cifar10", "celeba64") if dataset in (None, name)
             for seed in (0, 1, 2) for entry in _experiments(name, PRESETS[name], seed)]
@@ -559,7 +475,7 @@ def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
     small, n = dataset == "shapes", preset["n"]
     first = {"shapes": 0, "cifar10": 10, "celeba64": 20}[dataset] + LATER + 7 + (OTHER_SEEDS + seed if seed else 0)
     main, found = {"sampler": "dpmpp", "steps": 20, "n": n}, []
-    longer = preset["train"] | {"kimg": 0.6 * preset["train"]["kimg"], "lr": preset["train"]["lr"] / 2}  # as many images as Stage 2's "frozen-time"
+    longer = preset["train"] | {"kimg": 0.6 * preset["train"]["kimg"], "lr": preset["train"]["lr"] / 2}
     rest = dict(dataset=dataset, seed=seed, batch=preset["batch"], n_study=preset["n_study"], features="features")
 
     def vae(name: str, prior: dict) -> dict:
@@ -576,13 +492,15 @@ def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
     flow = vae("flow-vae", {"prior": "FlowPrior", "kind": "realnvp"})
     refiner("flow-form1", flow, {"vae": "flow-vae"}, (main,), model="DiffuseVAE", train=preset["train"])
     ways = tuple(main | {"steps": WAY_STEPS} | asked for asked in WAYS.values())
-    fitted = tuple(way | {"prior": "realnvp"} for way in (main, *ways))
-    studies = ("uncertainty", "priors", "adaptive", "noise", "truncation")
+    fewer = tuple(main | {"steps": steps} for steps in (3, 5))
+    fitted = tuple(way | {"prior": "realnvp"} for way in (main, *ways, *fewer))
     tuned = lambda pair: {"vae": pair, "unet": pair}
-    sweep = [ways[0] | {"strength": [s, s]} for s in (0.25, 0.75)] if seed == 0 else []  # and what the others would do with a quarter of the plans
-    sweep += [ways[0] | WAYS["adaptive strength"] | {"uncertainty": name} for name in UNCERTAINTIES if name != "cycle"] if seed == 0 else []
-    refiner("adaptive-normal", preset["vae"], tuned("diffusevae-form1"), (main, *ways, *fitted, *sweep), studies)
-    refiner("adaptive-flow", flow, tuned("flow-form1"), (main, *ways), studies)
+    once = [ways[0] | {"strength": [0.75, 0.75]}] if seed == 0 else []  # and what the others would do with a quarter of the plans
+    once += [ways[0] | WAYS["adaptive strength"] | {"uncertainty": name} for name in UNCERTAINTIES if name != "cycle"] if seed == 0 else []
+    studies = ("truncation", *(("uncertainty", "priors", "adaptive", "noise") if seed == 0 else ()))
+    refiner("adaptive-normal", preset["vae"], tuned("diffusevae-form1"), (main, *ways, *fewer, *fitted, *once), studies)
+    refiner("adaptive-control", preset["vae"], tuned("diffusevae-form1"), (main, ways[0], *fewer), model="DiffuseVAE")  # as many images, never in doubt
+    refiner("adaptive-flow", flow, tuned("flow-form1"), (main, *ways, *fewer), studies)
     if seed == 0:
         shown = (main, *(main | {"steps": WAY_STEPS} | WAYS[way] for way in ("full trust", "adaptive strength")))
         for name, options in (("film", {"film": True}), ("realnvp", {"flow": {"kind": "realnvp"}}), ("glow", {"flow": {"kind": "glow"}})):

@@ -132,7 +132,8 @@ def describe(
 def extract(network: nn.Module, images: torch.Tensor, batch_size: int = 500) -> torch.Tensor:
     "Features (N, F) of uint8 images (N, 3, H, W), on the CPU."
     device = next(network.parameters()).device
-    return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
+    with torch.autocast(device.type, enabled=False):  # features are compared: always in full precision
+        return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
 
 # %% ../nbs/00h_metrics.ipynb #cell-014
 class _Identity(nn.Module):

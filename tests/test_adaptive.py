@@ -11,7 +11,7 @@ from hybridvae.core import Draws, build_model, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
-from hybridvae.features import FeatureNetwork
+from hybridvae.features import FaceEncoder, FeatureNetwork
 from hybridvae.metrics import describe
 from hybridvae.priors import fit_mixture
 from hybridvae.runs import STUDIES, Material
@@ -178,24 +178,24 @@ def test_numbers_follow_the_rank_on_a_line_and_the_control_has_the_same_ones_on_
     z = torch.linspace(-3, 3, 40)[:, None].expand(-1, 4)
     options = dict(uncertainty=lambda x_hat, z: z[:, 0], quantiles=torch.linspace(-2, 2, 101), strength=(0.2, 0.6), start=(0.5, 1.0))
     rank = ((z[:, 0] + 2) / 4).clamp(0, 1)
-    strength, start = Adaptation(**options)(None, z)
+    strength, taken = Adaptation(**options)(None, z, 100)
     torch.testing.assert_close(strength, 0.2 + 0.4 * rank, atol=0.005, rtol=0)
-    torch.testing.assert_close(start, 0.5 + 0.5 * rank, atol=0.01, rtol=0)
+    torch.testing.assert_close(taken / 100, 0.5 + 0.5 * rank, atol=0.015, rtol=0)
     control = Adaptation(**options, shuffled=True)
-    shuffled = control(None, z)[0]
+    shuffled = control(None, z, 100)[0]
     assert torch.equal(shuffled.sort()[0], strength.sort()[0]) and (shuffled != strength).all()
 
 
 def test_a_ramp_takes_what_lies_between_its_ranks_and_a_step_has_two_sides():
     z = torch.linspace(0, 1, 101)[:, None].expand(-1, 4)
     options = dict(uncertainty=lambda x_hat, z: z[:, 0], quantiles=torch.linspace(0, 1, 101), strength=(0.0, 1.0), start=(0.4, 1.0))
-    strength, start = Adaptation(**options, ramp=(0.25, 0.75))(None, z)
+    strength, taken = Adaptation(**options, ramp=(0.25, 0.75))(None, z, 10)
     torch.testing.assert_close(strength, ((z[:, 0] - 0.25) / 0.5).clamp(0, 1), atol=0.021, rtol=0)
-    strength, start = Adaptation(**options, ramp=(0.75, 0.75))(None, z)
+    strength, taken = Adaptation(**options, ramp=(0.75, 0.75))(None, z, 10)
     assert set(strength.tolist()) == {0.0, 1.0} and strength.sum() == 25 and (strength[:76] == 0).all()
-    torch.testing.assert_close(start, torch.where(strength > 0, 1.0, 0.4))
-    strength, start = Adaptation(strength=(0.3, 0.3), start=(0.6, 0.6), ramp=(0.75, 0.75))(None, z)
-    assert (strength == 0.3).all() and (start == 0.6).all()
+    assert torch.equal(taken, torch.where(strength > 0, 10, 4))
+    strength, taken = Adaptation(strength=(0.3, 0.3), start=(0.6, 0.6), ramp=(0.75, 0.75))(None, z, 10)
+    assert (strength == 0.3).all() and (taken == 6).all()
 
 
 def test_ranges_that_make_no_sense_are_refused():
@@ -214,6 +214,9 @@ def test_ranges_that_make_no_sense_are_refused():
         m.refine(plans(m)[0])
     with pytest.raises(ValueError, match="concat=True and cond_dropout=0"):
         model(cond_dropout=0.1)
+    for levels in ((0.5, 0.5), (-0.1, 0.2)):
+        with pytest.raises(ValueError, match="levels.*two shares"):
+            model(levels=levels)
 
 
 # --- refining -------------------------------------------------------------------------------------------------------
@@ -242,10 +245,10 @@ def test_each_plan_takes_its_own_steps_from_its_own_start(form):
     assert sum(calls) / 7 == pytest.approx(adaptation.report()["nfe"])
     g = generator(5)
     noise = torch.randn(7, 3, 16, 16, generator=g)
-    strength, share = adaptation(x_hat, z)
+    strength, plan = adaptation(x_hat, z, 6)
     own = torch.randn(7, 3, 16, 16, generator=g)
-    taken = [max(1, min(6, round(6 * s))) for s in share.tolist()]
-    assert len(set(taken)) > 2 and min(taken) == 1
+    taken = [max(1, min(6, round(6 * (0.1 + 0.9 * r)))) for r in adaptation.rank(x_hat, z).tolist()]
+    assert taken == plan.tolist() and len(set(taken)) > 2 and min(taken) == 1
     grid = m.diffusion.timestep_grid(6)
     for i, k in enumerate(taken):
         with torch.no_grad():
@@ -346,6 +349,23 @@ def test_training_moves_refiner_head_and_flow_and_leaves_the_vae(tmp_path):
     assert {"heldout_head", "heldout_diffusion", "log_det", "posterior_variance"} <= set(result.history[-1])
 
 
+def test_half_precision_reaches_neither_ranks_nor_head():
+    "What decides between plans is computed in full precision; everything else may be halved."
+    m = model(film=True, flow=FLOWS[0]).float().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = m.training_loss(images().float(), draws=Draws(0, 0))
+        loss["loss"].backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in m.parameters()) and loss["loss"].isfinite()
+    m.eval()
+    x_hat, z = (v.float() for v in plans(m, 200))
+    for name in ("head", "error", "cycle", "re-encode"):
+        adaptation = m.adaptation(name, strength=(0.0, 1.0), start=(0.5, 1.0))
+        want = adaptation.rank(x_hat, z)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(adaptation.rank(x_hat, z), want) and len(want.unique()) > 50
+            assert m.refine(x_hat[:8], z[:8], adaptation=adaptation, steps=2, generator=generator()).isfinite().all()
+
+
 @pytest.fixture
 def eye():
     torch.manual_seed(0)
@@ -360,6 +380,50 @@ def test_a_study_answers_with_finite_numbers_the_same_ones_every_time(eye, name)
     text = json.dumps(STUDIES[name](m, look), allow_nan=False)
     torch.manual_seed(1)
     assert json.dumps(STUDIES[name](m, look)) == text
+
+
+def test_plans_thrown_away_are_the_uncertain_ones_and_the_number_stays(eye, monkeypatch):
+    m, look, seen = model(), Material(shapes(60), shapes(60, 200), eye, describe(eye, shapes(60, 200)), 10, 16), []
+    doubt = m.adaptation("cycle")
+
+    def refine(x_hat, z, **options):
+        seen.append(doubt.rank(x_hat, z))
+        return x_hat
+    monkeypatch.setattr(m, "refine", refine)
+    found, ranks = STUDIES["truncation"](m, look), torch.cat(seen).reshape(4, -1)
+    assert ranks.shape[1] == found["n"] == 40
+    assert all(part.max() <= share < part.max() + 0.2 for part, share in zip(ranks, (1.0, 0.75, 0.5, 0.25)))
+
+
+def test_the_kl_of_the_vaes_own_prior_is_the_closed_form_on_average(eye):
+    m, test = model(), shapes(200, 300)
+    m.refine = lambda x_hat, z, **options: x_hat
+    found = STUDIES["priors"](m, Material(shapes(120), test, eye, describe(eye, test), 12, 50))["own"]
+    mu, logvar = m.vae.encode(test.float().double())
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
+    assert found["KL"] == pytest.approx(kl.item(), rel=0.15) and found["ELBO"] < -found["KL"]
+
+
+def test_quarters_go_from_the_most_certain_plans_to_the_least(eye, monkeypatch):
+    "Where the refinement of a doubtful plan is far from every image, its quarter has no precision."
+    m, look = model(), Material(shapes(60), shapes(60, 200), eye, describe(eye, shapes(60, 200)), 15, 30)
+    doubt = m.adaptation("cycle")
+    real = shapes(60, 200).float().double()
+
+    def refine(x_hat, z, **options):
+        good = doubt.rank(x_hat, z) < 0.5
+        return torch.where(good[:, None, None, None], real[:len(z)], torch.ones_like(x_hat) - 2 * (torch.arange(16) % 2))
+    monkeypatch.setattr(m, "refine", refine)
+    quarters = STUDIES["adaptive"](m, look)["full trust"]["precision by quarter"]
+    assert quarters[0] == 1 and quarters[3] == 0
+
+
+@pytest.mark.parametrize("network", [FeatureNetwork(image_size=16, width=4, num_features=6, classes=10, factors=False), FaceEncoder(image_size=16, channels=(4, 4), blocks=1, projection=0)], ids=["classes", "faces"])
+def test_networks_that_read_no_shapes_do_without_agreement(network):
+    m = model()
+    m.refine = lambda x_hat, z, **options: x_hat
+    look = Material(shapes(60), shapes(60, 200), network.double().eval(), describe(network, shapes(60, 200)), 12, 16)
+    assert "agreement" not in STUDIES["adaptive"](m, look)["full trust"]
 
 
 def test_the_ranking_of_uncertainties_finds_the_one_that_is_right(eye, monkeypatch):
