@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .core import PRESETS, Draws, HybridVAEError, derive_seed, to_uint8
+from .core import PRESETS, Draws, HybridVAEError, derive_seed, to_uint8, weights_hash
 from .diffusevae import LATER, OTHER_SEEDS, ROBUSTNESS_LEVELS, DiffuseVAE, condition_agreement
 from .metrics import ImageStatistics, extract, frechet_distance, precision_recall
 from .priors import FITTED, bounded_coupling, check_prior, flow_transform, start_as_identity, two_sample_test
@@ -138,6 +138,7 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
             raise ValueError("an AdaptiveDiffuseVAE needs concat=True and cond_dropout=0: full noise on x̂ is what no condition is elsewhere")
         z_dim, width = self.vae.z_dim, 4 * self.unet.width
         self.told = nn.Sequential(nn.Linear(1 + z_dim * film, width), nn.SiLU(), zeroed(nn.Linear(width, width)))  # a trained U-Net starts as it is
+        self._ranks = {}  # uncertainties of a prior's draws, kept for these weights; no part of the model
         self.head, self.film, self.levels = UncertaintyHead(z_dim), film, tuple(levels)
         self.flow = ConditionFlow(z_dim=z_dim, channels=self.image_shape[0], **flow) if flow else None
         self.config |= {"model": "AdaptiveDiffuseVAE", "film": film, "levels": list(levels), "flow": flow}
@@ -236,11 +237,14 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
             raise HybridVAEError(f"ramp is {options['ramp']}: give two ranks from 0 to 1, the second not below the first.")
         if uncertainty is None:
             return Adaptation(**options)
-        measure = self.uncertainty(uncertainty, data, seed)
-        codes = (prior or self.vae.prior).sample(n, torch.Generator().manual_seed(derive_seed(seed, "ranks"))).to(self.device)
-        with torch.autocast(self.device.type, enabled=False), eager():
-            values = torch.cat([measure(self.vae.decode(z), z) for z in codes.split(250)]).float()
-        return Adaptation(measure, values.quantile(torch.linspace(0, 1, 101, device=values.device)), **options)
+        measure, prior = self.uncertainty(uncertainty, data, seed), prior or self.vae.prior
+        key = (weights_hash(self), uncertainty, seed, n)
+        if self._ranks.get(key, (None,))[0] is not prior:
+            codes = prior.sample(n, torch.Generator().manual_seed(derive_seed(seed, "ranks"))).to(self.device)
+            with torch.autocast(self.device.type, enabled=False), eager():
+                values = torch.cat([measure(self.vae.decode(z), z) for z in codes.split(250)]).float()
+            self._ranks[key] = prior, values.quantile(torch.linspace(0, 1, 101, device=values.device))
+        return Adaptation(measure, self._ranks[key][1], **options)
 
     def sampling_options(self, options: dict, data, seed: int = 0) -> dict:
         "As in `VAE.sampling_options`; what concerns trust becomes an `Adaptation`, its ranks those among draws of the prior asked for."
@@ -497,8 +501,8 @@ def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
     tuned = lambda pair: {"vae": pair, "unet": pair}
     once = [ways[0] | {"strength": [0.75, 0.75]}] if seed == 0 else []  # and what the others would do with a quarter of the plans
     once += [ways[0] | WAYS["adaptive strength"] | {"uncertainty": name} for name in UNCERTAINTIES if name != "cycle"] if seed == 0 else []
-    studies = ("truncation", *(("uncertainty", "priors", "adaptive", "noise") if seed == 0 else ()))
-    refiner("adaptive-normal", preset["vae"], tuned("diffusevae-form1"), (main, *ways, *fewer, *fitted, *once), studies)
+    studies = ("truncation", *(("uncertainty", "priors", "adaptive") if seed == 0 else ()))
+    refiner("adaptive-normal", preset["vae"], tuned("diffusevae-form1"), (main, *ways, *fewer, *fitted, *once), studies + ("noise",) * (seed == 0))
     refiner("adaptive-flow", flow, tuned("flow-form1"), (main, *ways, *fewer), studies)
     if seed == 0:
         refiner("adaptive-control", preset["vae"], tuned("diffusevae-form1"), (main, ways[0], *fewer), model="DiffuseVAE")  # as many images, never in doubt

@@ -93,7 +93,7 @@ FAULTS = [
           "test_adaptive.py::test_each_plan_takes_its_own_steps_from_its_own_start"),
     Fault("control that is not shuffled", "adaptive.py", "rank.roll(len(rank) // 2)", "rank",
           "test_adaptive.py::test_numbers_follow_the_rank_on_a_line_and_the_control_has_the_same_ones_on_other_plans"),
-    Fault("ranks among draws of another prior", "adaptive.py", "codes = (prior or self.vae.prior).sample(n", "codes = self.vae.prior.sample(n",
+    Fault("ranks among draws of another prior", "adaptive.py", "codes = prior.sample(n, torch", "codes = self.vae.prior.sample(n, torch",
           "test_adaptive.py::test_options_become_an_adaptation_and_the_prior_is_fitted_beside"),
     Fault("ways that do not share their noise", "adaptive.py", "noise, own = normal() if noise is None else noise, normal()",
           "noise, own = normal() if noise is None else noise, torch.zeros_like(x_hat) if adaptation is None else normal()",
