@@ -238,7 +238,7 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         if uncertainty is None:
             return Adaptation(**options)
         measure, prior = self.uncertainty(uncertainty, data, seed), prior or self.vae.prior
-        key = (weights_hash(self), uncertainty, seed, n)
+        key = (weights_hash(self), uncertainty, seed, n, None if data is None else (data.name, len(data)))
         if self._ranks.get(key, (None,))[0] is not prior:
             codes = prior.sample(n, torch.Generator().manual_seed(derive_seed(seed, "ranks"))).to(self.device)
             with torch.autocast(self.device.type, enabled=False), eager():
