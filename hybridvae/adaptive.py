@@ -374,7 +374,7 @@ def compare_priors(model, m: Material) -> dict:
         drawn = prior.sample(len(heldout), torch.Generator(device).manual_seed(m.seed + 1)).cpu()
         coarse, refined = ImageStatistics(m.features), ImageStatistics(m.features)
         for k in (min(m.batch, n - start) for start in range(0, n, m.batch)):
-            x_hat, images = model.sample_pairs(k, prior=prior, generator=generator, steps=WAY_STEPS)
+            x_hat, images = model.sample_pairs(k, prior=prior, generator=generator, steps=m.steps)
             coarse.add(to_uint8(x_hat))
             refined.add(to_uint8(images))
         distance = lambda seen: frechet_distance(seen.features, m.heldout.features)
@@ -402,7 +402,7 @@ def compare_ways(model, m: Material) -> dict:
 
         def refine(images, codes, seed):
             noise = torch.Generator(device).manual_seed(seed)
-            return torch.cat([model.refine(a, b, adaptation=adaptation, generator=noise, steps=WAY_STEPS)
+            return torch.cat([model.refine(a, b, adaptation=adaptation, generator=noise, steps=m.steps)
                               for a, b in zip(images.split(m.batch), codes.split(m.batch))])
         refined = refine(x_hat, z, m.seed + 1)
         features = extract(m.features, to_uint8(refined).cpu())
@@ -436,7 +436,7 @@ def bear_noise(model, m: Material) -> dict:
             z = z + normal(z) if where == "on z" else z
             x_hat = model.vae.decode(z)
             x_hat = x_hat + normal(x_hat) if where == "on x̂" and how != "told" else x_hat
-            seen.add(to_uint8(model.refine(x_hat, z, adaptation=adaptation, generator=generator, steps=WAY_STEPS)))
+            seen.add(to_uint8(model.refine(x_hat, z, adaptation=adaptation, generator=generator, steps=m.steps)))
         found[where][how].append(frechet_distance(seen.features, m.heldout.features))
     return found
 
@@ -459,7 +459,7 @@ def throw_away(model, m: Material) -> dict:
         parts = zip(torch.cat(plans)[:n].split(m.batch), torch.cat(codes)[:n].split(m.batch))
         seen = ImageStatistics(m.features)
         for x_hat, z in parts:
-            seen.add(to_uint8(model.refine(x_hat, z, generator=generator, steps=WAY_STEPS)))
+            seen.add(to_uint8(model.refine(x_hat, z, generator=generator, steps=m.steps)))
         found[f"{share:g}"] = {"FD": frechet_distance(seen.features, m.heldout.features), **precision_recall(seen.features[:k], m.heldout.features[:k])}
     return found
 
@@ -480,7 +480,7 @@ def _experiments(dataset: str, preset: dict, seed: int) -> list[Entry]:
     n, found = preset["n"], []
     main = {"sampler": "dpmpp", "steps": 20, "n": n}
     longer = preset["train"] | {"kimg": 0.6 * preset["train"]["kimg"], "lr": preset["train"]["lr"] / 2}
-    rest = dict(dataset=dataset, seed=seed, batch=preset["batch"], n_study=preset["n_study"], features="features")
+    rest = dict(dataset=dataset, seed=seed, batch=preset["batch"], n_study=preset["n_study"], steps_study=WAY_STEPS, features="features")
 
     def vae(name: str, prior: dict) -> dict:
         config = preset["vae"] | {"prior": prior}

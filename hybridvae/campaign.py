@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TINY', 'stages', 'queue', 'state', 'listing', 'run_campaign', 'tiny', 'shrink', 'stand_in_data',
-           'dry_run', 'throughput', 'measure_throughput']
+           'dry_run', 'throughput', 'measure_throughput', 'profile_entry']
 
 # %% ../nbs/90_campaign.ipynb #cell-002
 import contextlib
@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 import hybridvae
-from .core import HybridVAEError, build_model, count_parameters, default_device, provenance, write_json
-from .metrics import count_flops
+from .core import HybridVAEError, build_model, count_parameters, default_device, derive_seed, provenance, write_json
+from .metrics import Profile, count_flops, profile_model
 from .runs import Clock, Entry, record_roots, recorded, run_entry
-from .training import TrainConfig, autocast, compile_networks, latest_checkpoint
+from .training import TrainConfig, compile_networks, latest_checkpoint, training_step
 
 # %% ../nbs/90_campaign.ipynb #cell-006
 DATASETS = ("cifar10", "celeba64", "celeba256")  # those of a campaign on a GPU
@@ -107,7 +107,8 @@ def run_campaign(
     return done
 
 # %% ../nbs/90_campaign.ipynb #cell-014
-TINY = {"width": 4, "kimg": 0.016, "batch_size": 8, "n": 6, "n_study": 6, "batch": 6, "steps": 3, "subset": 60}  # all that a dry run changes
+TINY = {"width": 4, "kimg": 0.016, "batch_size": 8, "n": 6, "n_study": 6, "batch": 6, "steps": 3, "steps_study": 3,
+        "subset": 60}  # all that a dry run changes
 
 
 def tiny(value):
@@ -160,21 +161,13 @@ def throughput(
 ) -> dict:
     "Training images a second on images that lie on the device already, and the share of the peak."
     device = default_device(cpu)
-    model, config = build_model(entry.model).to(device, memory_format=torch.channels_last).train(), TrainConfig(**entry.train)
-    x = torch.rand(config.batch_size, *model.image_shape, device=device).contiguous(memory_format=torch.channels_last) * 2 - 1
+    model, config = build_model(entry.model).to(device, memory_format=torch.channels_last), TrainConfig(**entry.train)
+    x = torch.rand(config.batch_size, *model.image_shape, device=device) * 2 - 1
     flops = 3 * count_flops(lambda: model.training_loss(x[:1]))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    step = training_step(model, x, config)
     if compiled:
         compile_networks(model)
-
-    def step() -> None:
-        with autocast(device, config.precision):
-            loss = model.training_loss(x)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
     begun = time.monotonic()
     for _ in range(3):
         step()
@@ -196,3 +189,25 @@ def measure_throughput(entries: list[Entry], runs: str | Path, peak: float | Non
     chosen = {(e.dataset, e.experiment): e for e in entries if e.seed == 0 and (e.experiment == "ddpm" or e.experiment.endswith("-full"))}
     rows = [throughput(e, seconds, compiled, peak, cpu) for e in chosen.values() for compiled in ((False,) if cpu else (False, True))]
     return write_json(Path(runs) / "throughput.json", {**provenance(default_device(cpu)), "peak": peak, "rows": rows})
+
+# %% ../nbs/90_campaign.ipynb #cell-022
+def profile_entry(
+    entry: Entry,  # of a generator; its model is built, untrained
+    batch: int | None = None,  # images to sample; the entry's own number unless given
+    sampler: str = "dpmpp",  # a one-shot model ignores both this
+    steps: int = 20,  # and this
+    traces: str | Path | None = None,  # folder for the traces, see `profile_model`
+    cpu: bool = False,  # no GPU
+) -> tuple[dict[str, Profile], dict]:
+    "Profiles of a `training step` (where the entry trains anything) and of `sampling`, and a row with what they cost per image."
+    torch.manual_seed(derive_seed("init", entry.seed))
+    model = build_model(entry.model).to(default_device(cpu), memory_format=torch.channels_last).eval()
+    config, batch = entry.train and TrainConfig(**entry.train), batch or entry.batch
+    generator = torch.Generator(model.device).manual_seed(0)
+    flops = count_flops(lambda: model.sample(1, sampler=sampler, steps=steps, generator=generator))
+    profiles = profile_model(model, batch, config and config.batch_size, sampler, steps, traces, entry.experiment,
+                             config.precision if config else "auto")
+    row, images = {"experiment": entry.experiment, "GFLOP per sample": flops / 1e9}, {"sampling": batch, "training step": config and config.batch_size}
+    for what, part in profiles.items():
+        row |= {f"{what}: ms per image": 1000 * part.seconds / images[what], f"{what}: peak MiB": part.peak_memory_bytes / 2**20}
+    return profiles, row

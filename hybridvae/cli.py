@@ -6,8 +6,8 @@
 __all__ = ['app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName', 'Sampler', 'Steps', 'Guidance', 'Seed', 'Batch', 'Grid',
            'PRESETS_BY_SIZE', 'PICTURES', 'ARRAYS', 'STUDY', 'REPORTED_STUDIES', 'KINDS', 'data', 'run', 'train_model',
            'train', 'load_generator', 'write_images', 'sample', 'image_files', 'read_images', 'reconstruct',
-           'interpolate', 'evaluate', 'campaign', 'read_bibliography', 'short_reference', 'resolve_references',
-           'render_report', 'report', 'main']
+           'interpolate', 'evaluate', 'campaign', 'profile', 'read_bibliography', 'short_reference',
+           'resolve_references', 'render_report', 'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #cell-002
 import contextlib
@@ -725,16 +725,21 @@ def _write_evaluation(file: Path, content: dict, model) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n")
 
 # %% ../nbs/91_cli.ipynb #cell-033
-def _picked(entries: list, patterns: list[str]) -> list:
-    "The entries whose names match, and those they depend on, in their order. Raises `HybridVAEError` for a pattern without a match."
+def _matching(entries: list, patterns: list[str]) -> list:
+    "The entries whose names match. Raises `HybridVAEError` for a pattern without a match."
     from hybridvae.core import HybridVAEError
 
     names = list(dict.fromkeys(e.experiment for e in entries))
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise HybridVAEError(f"there is no experiment {pattern!r}: choose from {', '.join(names)}, or use * for any letters.")
+    return [e for e in entries if any(fnmatch.fnmatchcase(e.experiment, p) for p in patterns)]
+
+
+def _picked(entries: list, patterns: list[str]) -> list:
+    "The entries whose names match, and those they depend on, in their order. Raises `HybridVAEError` for a pattern without a match."
     by_key, needed = {(e.dataset, e.experiment, e.seed): e for e in entries}, set()
-    waiting = [key for key, e in by_key.items() if any(fnmatch.fnmatchcase(e.experiment, p) for p in patterns)]
+    waiting = [(e.dataset, e.experiment, e.seed) for e in _matching(entries, patterns)]
     while waiting:
         key = waiting.pop()
         if key in by_key and key not in needed:
@@ -829,6 +834,49 @@ def _try_out(entries: list, minutes: float | None) -> None:
     print(f"{len(done)} of {len(entries)} entries came through to their record.")
 
 # %% ../nbs/91_cli.ipynb #cell-036
+@app.command(epilog=_examples("profile --cpu", 'profile --dataset shapes --experiment vae --experiment "diffusevae-*" --batch 50 --cpu',
+                              "profile --dataset cifar10 --experiment ddpm --sampler ddim --steps 50 --out profiles"))
+def profile(
+    experiment: Annotated[list[str] | None, typer.Option(help="which models, * for any letters; may be repeated; usually ddpm and diffusevae-form1")] = None,
+    dataset: Annotated[str, typer.Option(help="shapes, cifar10, celeba64 or celeba256")] = "shapes",
+    sampler: Sampler = "dpmpp",
+    steps: Steps = 20,
+    batch: Annotated[int | None, typer.Option(min=1, help="images to sample at a time; usually as many as in the experiment's evaluation")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the traces and of memory.png")] = Path("profiles"),
+    cpu: Cpu = False,
+):
+    "Measure the time, operators and memory of a training step and of sampling, without training."
+    import pandas as pd
+    from hybridvae.campaign import profile_entry
+    from hybridvae.core import MODELS, HybridVAEError, atomic_path
+    from hybridvae.metrics import operator_table, show_memory
+    from matplotlib.figure import Figure
+
+    if out.exists() and not out.is_dir():
+        raise HybridVAEError(f"{out} is a file: give the name of a folder.")
+    matching = _matching(_entries(dataset), experiment or ["ddpm", "diffusevae-form1"])
+    chosen = [e for e in matching if e.seed == 0 and hasattr(MODELS[e.model["model"]], "sample")]
+    if not chosen:
+        raise HybridVAEError("feature networks alone are not profiled: name an experiment that makes images, such as ddpm.")
+    rows, found = [], {"training step": {}, "sampling": {}}
+    for entry in chosen:
+        with _in_a_sentence():
+            profiles, row = profile_entry(entry, batch, sampler, steps, out, cpu)
+        rows.append(row)
+        for what, part in profiles.items():
+            found[what][entry.experiment] = part
+            print(f"{entry.experiment}, {what}: {1000 * part.seconds:,.0f} ms, at most {part.peak_memory_bytes / 2**20:,.1f} MiB more than before")
+            print(operator_table(part).to_string(), end="\n\n")
+    print(pd.DataFrame(rows).set_index("experiment").round(2).T.rename_axis(columns=None).to_string(), end="\n\n")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for ax, (what, parts) in zip(figure.subplots(1, 2), found.items()):
+        ax.set_title(f"{what}, {dataset}")
+        show_memory(parts, ax)
+    with atomic_path(out / "memory.png") as path:
+        figure.savefig(path, dpi=120)
+    print(f"Traces and memory.png are in {out}")
+
+# %% ../nbs/91_cli.ipynb #cell-042
 STUDY = ("vae", "ddpm", "diffusevae-form1")  # on shapes, seed 0
 REPORTED_STUDIES = ("condition_agreement", "prior_gap")
 KINDS = {"fig": "Figure", "tbl": "Table", "sec": "Section", "eq": "Equation"}
@@ -849,7 +897,7 @@ def short_reference(entry: dict[str, str]) -> str:
     who = names[0] if len(names) == 1 else f"{names[0]} & {names[1]}" if len(names) == 2 else f"{names[0]} et al."
     return f"{who} {entry['year']}"
 
-# %% ../nbs/91_cli.ipynb #cell-037
+# %% ../nbs/91_cli.ipynb #cell-043
 def _labels(nb) -> dict[str, str]:
     "Every label -> its printed name, numbered in order."
     found, counts = {}, dict.fromkeys(KINDS, 0)
@@ -904,7 +952,7 @@ def _markdown(text: str):
 
     return nbformat.v4.new_markdown_cell(text)
 
-# %% ../nbs/91_cli.ipynb #cell-039
+# %% ../nbs/91_cli.ipynb #cell-045
 def _report_source() -> Path:
     "The report's notebook. Raises `HybridVAEError` outside a clone of the repository."
     from hybridvae.core import HybridVAEError, project_root
@@ -960,7 +1008,7 @@ def report(
     print("Writing the report ...")
     print(f"The report is in {render_report(runs)}")
 
-# %% ../nbs/91_cli.ipynb #cell-041
+# %% ../nbs/91_cli.ipynb #cell-047
 def main():
     "Entry point of the command `hybridvae` and of `python -m hybridvae`."
     try:

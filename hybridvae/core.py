@@ -101,8 +101,9 @@ class Model(nn.Module):
     """Base of all models. A subclass sets `self.config` to its JSON-able arguments and defines `training_loss`.
 
     `training_loss(x, y=None, *, draws=None)` takes x in [-1, 1] of shape (B, C, H, W) and returns a dict of scalar
-    tensors; its entry `loss` is what is minimised. A generator also has `sample`, and may add to its run record
-    (`measures`) and choose the pictures beside it (`showcase`).
+    tensors; its entry `loss` is what is minimised. A model that has to know its data first measures it in `prepare`,
+    as buffers, which its checkpoints hold. A generator also has `sample`, says what a sample costs (`nfe`), and may add
+    to its run record (`measures`) and choose the pictures beside it (`showcase`).
     """
 
     config: dict
@@ -118,6 +119,13 @@ class Model(nn.Module):
 
     def training_loss(self, x: torch.Tensor, y=None, *, draws: Draws | None = None) -> dict[str, torch.Tensor]:
         raise NotImplementedError
+
+    def prepare(self, data) -> None:
+        "Called once, before training, with the training `ImageData`: what has to be measured on it."
+
+    def nfe(self, steps: int, guidance_weight: float = 1.0, **options) -> int:
+        "Evaluations of the network for an image; options as in `sample`. A guided step takes two (weight 0 or 1: one)."
+        return steps * (1 + (guidance_weight not in (0, 1)))
 
     def measures(self, train, test, features: nn.Module | None) -> dict:
         "What a run record says of this kind of model beside its distances, from training and held-out `ImageData`."

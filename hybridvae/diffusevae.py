@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROBUSTNESS_LEVELS', 'GUIDANCE_WEIGHTS', 'FULL', 'LATER', 'OTHER_SEEDS', 'DiffuseVAE', 'attribute_direction',
            'convert_form', 'condition_agreement', 'prior_gap', 'robustness', 'code_path_length', 'readout',
-           'experiments']
+           'experiments', 'protocol']
 
 # %% ../nbs/01_diffusevae.ipynb #cell-002
 import copy
@@ -224,7 +224,7 @@ def condition_agreement(x_hat: torch.Tensor, refined: torch.Tensor, features: Fe
 @study("condition_agreement")
 def _condition_agreement(model, m: Material) -> dict:
     generator = torch.Generator(model.device).manual_seed(m.seed)
-    pairs = [model.sample_pairs(k, generator=generator) for k in m.parts]
+    pairs = [model.sample_pairs(k, generator=generator, steps=m.steps) for k in m.parts]
     return condition_agreement(*(torch.cat(part) for part in zip(*pairs)), m.features)
 
 
@@ -248,7 +248,7 @@ def prior_gap(model, m: Material) -> dict:
                 z = prior.sample(k, generator).to(model.device)
                 x_hat = model.vae.decode(z)
             coarse.add(to_uint8(x_hat))
-            refined.add(to_uint8(model.refine(x_hat, z, generator=generator)))
+            refined.add(to_uint8(model.refine(x_hat, z, generator=generator, steps=m.steps)))
         for what, seen in (("x̂", coarse), ("refined x̂", refined)):
             found[f"{what} {name}"] = frechet_distance(seen.features, m.heldout.features)
     return found
@@ -271,7 +271,7 @@ def robustness(model, m: Material) -> dict:
                 z = z + level * normal(z) if where == "z" else z
                 x_hat = model.vae.decode(z)
                 x_hat = x_hat + level * normal(x_hat) if where == "x̂" else x_hat
-                seen.add(to_uint8(model.refine(x_hat, z, generator=generator)))
+                seen.add(to_uint8(model.refine(x_hat, z, generator=generator, steps=m.steps)))
             found[f"noise on {where}"].append(frechet_distance(seen.features, m.heldout.features))
     return found
 
@@ -284,7 +284,7 @@ def code_path_length(model, m: Material) -> dict:
     found = {"n": m.n, "x̂": path_length(lambda z: vae.decode(z.to(vae.device)), a, b, m.features, batch_size=m.batch)}
     if model is not vae:
         noise = torch.randn(1, *model.image_shape, generator=torch.Generator().manual_seed(m.seed)).to(model.device)
-        refined = lambda z: model.interpolate(z.to(model.device), noise)[1]
+        refined = lambda z: model.interpolate(z.to(model.device), noise, steps=m.steps)[1]
         found["refined"] = path_length(refined, a, b, m.features, batch_size=m.batch)
     return found
 
@@ -320,7 +320,7 @@ def _experiments(name: str, preset: dict, seed: int) -> list[Entry]:
     rest = dict(dataset=dataset, subset=preset.get("subset"), seed=seed, batch=preset["batch"], n_study=preset["n_study"])
     suffix, features = cpu and f"-{cpu}", f"features{cpu and '-cpu'}"
     vae = Entry(f"vae{suffix}", model={"model": "VAE", **preset["vae"]}, train=preset["train_vae"], features=features,
-                evaluations=_protocol(preset, seed, "vae"), studies=() if cpu else ("path_length", *_of_shapes(dataset, "readout")),
+                evaluations=protocol(preset, seed, "vae"), studies=() if cpu else ("path_length", *_of_shapes(dataset, "readout")),
                 priority=_priority(dataset, cpu, seed), **rest)
     found = [vae]
     if seed == 0:
@@ -334,7 +334,7 @@ def _experiments(name: str, preset: dict, seed: int) -> list[Entry]:
         if seed == 0 and kind != "ddpm" and not cpu and "cond_dropout" not in changes:
             studies += ("robustness", "path_length")
         found.append(Entry(f"{experiment}{suffix}", model={**unet, **model, **changes}, train=preset[f"train{size}"], features=features,
-                           evaluations=_protocol(preset, seed, experiment), studies=studies, parameters=preset[f"parameters{size}"],
+                           evaluations=protocol(preset, seed, experiment), studies=studies, parameters=preset[f"parameters{size}"],
                            depends_on={} if kind == "ddpm" else {"vae": vae.experiment}, priority=vae.priority + order, **rest))
 
     hybrid = {"model": "DiffuseVAE", "vae": preset["vae"], "form": 1, "z_guidance": False}
@@ -368,7 +368,7 @@ def _priority(dataset: str, cpu: str, seed: int) -> int:
     return first + (OTHER_SEEDS + seed if seed else 0)
 
 
-def _protocol(preset: dict, seed: int, experiment: str) -> tuple[dict, ...]:
+def protocol(preset: dict, seed: int, experiment: str) -> tuple[dict, ...]:
     "What is measured: everywhere 20 steps of DPM-Solver++; samplers, step counts and priors with fewer images."
     one_shot, hybrid = experiment == "vae", experiment.startswith("diffusevae")
     main = {"sampler": None, "steps": 1} if one_shot else {"sampler": "dpmpp", "steps": 20}

@@ -7,12 +7,20 @@ __all__ = ['INCEPTION_FILE', 'INCEPTION_SHA256', 'INCEPTION_NAMES', 'NEIGHBOUR_I
            'high_frequency_power', 'power_spectrum', 'ImageStatistics', 'describe', 'extract', 'frechet_distance',
            'kernel_distance', 'inception_score', 'precision_recall', 'density_coverage', 'diversity',
            'InceptionNetwork', 'load_inception', 'metric_name', 'measure', 'compare', 'distance_scale',
-           'distance_floors', 'slerp', 'path_length', 'linear_readout', 'count_flops']
+           'distance_floors', 'slerp', 'path_length', 'linear_readout', 'count_flops', 'Profile', 'profile_call',
+           'profile_model', 'operator_table', 'show_memory']
 
 # %% ../nbs/00h_metrics.ipynb #cell-002
+import copy
+import dataclasses
+import gzip
 import hashlib
 import io
+import json
 import os
+import statistics
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException
@@ -23,9 +31,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .core import HybridVAEError, weights_hash
+from .core import HybridVAEError, Model, atomic_path, weights_hash
 from .data import FACTORS, ImageData
 from .features import gaussian_blur
+from .training import TrainConfig, autocast, training_step
 
 # %% ../nbs/00h_metrics.ipynb #cell-007
 def _power(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -551,3 +560,134 @@ def count_flops(function: Callable, *args) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         function(*args)
     return counter.get_total_flops()
+
+# %% ../nbs/00h_metrics.ipynb #cell-057
+@dataclasses.dataclass
+class Profile:
+    "One call of a function, as the PyTorch profiler saw it. JSON-able with `dataclasses.asdict`."
+
+    device: str  # "cpu" or "cuda": where the operators were timed and the memory was counted
+    seconds: float  # wall time of a call after the warm-up, without the profiler; the median of up to five
+    profiled_seconds: float  # of the profiled call
+    operators: list[dict]  # operator, calls, milliseconds (without the operators it calls), share of all; the costliest first
+    timeline: list[tuple[float, int]]  # milliseconds since the start, bytes held more than then; begins with (0, 0)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        "The most that the call held at once, beside what was there before it; 0 where the profiler saw no memory on the device."
+        return max(held for _, held in self.timeline)
+
+
+def profile_call(
+    function: Callable[[], object],  # called to warm up, then up to five times (a second) against the clock, then under the profiler
+    device: str | torch.device = "cpu",  # where it works
+    trace: str | Path | None = None,  # keep the Chrome trace in this file, .json.gz: for ui.perfetto.dev or chrome://tracing
+) -> Profile:
+    """Time, costliest operators and memory over time of `function()`.
+
+    On a GPU the times of operators are those of the GPU, and every call includes the wait for its work. Memory is what PyTorch's
+    allocator hands out. Raises `HybridVAEError` where the trace cannot be written.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    if trace is not None and not str(trace).endswith(".json.gz"):
+        raise HybridVAEError(f"the trace {trace} must be compressed JSON: give a name that ends in .json.gz.")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own log would fill the error stream
+
+    def call() -> float:
+        begun = time.perf_counter()
+        function()
+        if cuda:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begun
+
+    call()
+    times = [call()]
+    while len(times) < 5 and sum(times) < 1:  # a single short call says little
+        times.append(call())
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities, profile_memory=True) as profiler, record_function(_PROFILED):
+        profiled = call()
+    return Profile(device.type, statistics.median(times), profiled, _operators(profiler, cuda), _memory_timeline(profiler, device, trace))
+
+
+_PROFILED = "the profiled call"  # its mark in the trace
+
+
+def _operators(profiler, cuda: bool) -> list[dict]:
+    "Operators by their own time; on a GPU that of the kernels they started, which have rows of their own that would count twice."
+    rows = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU and not e.is_user_annotation]
+    times = {e.key: ((e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000, e.count) for e in rows}
+    total = sum(spent for spent, _ in times.values()) or 1.0
+    ordered = sorted(((spent, name, calls) for name, (spent, calls) in times.items() if spent > 0), reverse=True)
+    return [{"operator": name, "calls": calls, "milliseconds": spent, "share": spent / total} for spent, name, calls in ordered]
+
+
+def _memory_timeline(profiler, device: torch.device, trace: str | Path | None) -> list[tuple[float, int]]:
+    "Bytes held over time, from the events called [memory] in the exported trace, which is kept if asked for."
+    with tempfile.TemporaryDirectory() as folder:
+        with atomic_path(trace or Path(folder) / "trace.json.gz") as path:
+            profiler.export_chrome_trace(str(path))
+            with gzip.open(path, "rt") as file:
+                events = json.load(file)["traceEvents"]
+    start = min((e["ts"] for e in events if e.get("name") == _PROFILED), default=0.0)
+    kind = {"cpu": 0, "cuda": 1}.get(device.type)  # as the trace numbers them
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]" and e["args"].get("Device Type") == kind]
+    timeline, held = [(0.0, 0)], 0
+    for at, change in sorted(changes, key=lambda item: item[0]):
+        held += change
+        timeline.append(((at - start) / 1000, held))
+    return timeline
+
+
+def profile_model(
+    model: Model,  # a generator, on its device; a copy of it is profiled
+    batch: int,  # images to sample
+    train_batch: int | None,  # images in the training step; None: no training step, for a model made of trained parts
+    sampler: str = "dpmpp",  # a one-shot model ignores both this
+    steps: int = 20,  # and this
+    traces: str | Path | None = None,  # folder for the traces, NAME-training-step.json.gz and NAME-sampling.json.gz
+    name: str | None = None,  # NAME; usually the model's class
+    precision: str = "auto",  # see `TrainConfig`
+) -> dict[str, Profile]:
+    "Profiles of one `training step` and of one `sampling` run, seed 0, on random images; the model and all generators stay as they were."
+    model, device, found = copy.deepcopy(model), model.device, {}
+
+    def keep(what: str, function: Callable) -> None:
+        file = traces and Path(traces) / f"{name or type(model).__name__}-{what.replace(' ', '-')}.json.gz"
+        found[what] = profile_call(function, device, file)
+
+    def sample() -> None:
+        with torch.no_grad(), autocast(device, precision):
+            model.sample(batch, sampler=sampler, steps=steps, generator=torch.Generator(device).manual_seed(0))
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        if train_batch is not None:
+            x = torch.rand(train_batch, *model.image_shape, device=device) * 2 - 1
+            keep("training step", training_step(model, x, TrainConfig(batch_size=train_batch, precision=precision)))
+        model.eval()
+        keep("sampling", sample)
+    return found
+
+
+def operator_table(profile: Profile, n: int = 8):
+    "The n costliest operators of a profile as a pandas table: calls, own milliseconds, share of all operators' time."
+    import pandas as pd
+
+    table = pd.DataFrame(profile.operators[:n], columns=["operator", "calls", "milliseconds", "share"])
+    return table.set_index("operator").round({"milliseconds": 2, "share": 3})
+
+
+def show_memory(profiles: dict[str, Profile], ax=None):
+    "Memory of several calls over time, by name, in one figure; returns its axes."
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots(figsize=(6, 2.6))[1]
+    for name, profile in profiles.items():
+        ax.step(*zip(*((at, held / 2**20) for at, held in profile.timeline)), where="post", lw=1, label=name)
+    ax.set(xlabel="milliseconds (profiled)", ylabel="MiB held", ylim=(0, None))
+    ax.legend()
+    return ax

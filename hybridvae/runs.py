@@ -26,7 +26,7 @@ from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count
 from .data import Batches, ImageData, data_root, load_data
 from .features import FEATURE_WEIGHTS, FeatureModel, load_features, shipped_features
 from .metrics import ImageStatistics, compare, count_flops, describe, distance_floors, distance_scale, load_inception
-from .training import TrainConfig, autocast, compile_networks, eager, train
+from .training import TrainConfig, TrainResult, autocast, compile_networks, eager, train
 
 # %% ../nbs/00i_runs.ipynb #cell-006
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Entry:
     experiment: str  # name, such as "vae" or "diffusevae-form1-z"
     dataset: str  # see `load_data`
     model: dict  # config of the model
-    train: dict  # arguments of `TrainConfig`
+    train: dict | None  # arguments of `TrainConfig`; None: put together from trained parts as it is
     seed: int = 0  # of initialisation, data order and noise
     subset: int | None = None  # train on the first so many images only
     depends_on: dict = dataclasses.field(default_factory=dict)  # part of the model: experiment whose part of that name, or whole model, it starts from
@@ -44,6 +44,7 @@ class Entry:
     evaluations: tuple = ()  # dicts with sampler, steps, n, and options of `sample`
     studies: tuple = ()  # names in `STUDIES`
     n_study: int = 500  # images in a study
+    steps_study: int = 20  # network evaluations of a sample in a study
     batch: int = 250  # images sampled at a time
     parameters: float | None = None  # trained parameters, about
     priority: int = 0  # place in a campaign's queue: lower runs earlier
@@ -51,7 +52,7 @@ class Entry:
     @property
     def config(self) -> dict:
         "Everything that decides the trained model, JSON-able, without the seed."
-        return {"model": self.model, "train": dataclasses.asdict(TrainConfig(**self.train)),
+        return {"model": self.model, "train": None if self.train is None else dataclasses.asdict(TrainConfig(**self.train)),
                 "data": {"dataset": self.dataset, "subset": self.subset}, "depends_on": self.depends_on}
 
     def missing(self, record: dict | None) -> list[str]:
@@ -68,7 +69,7 @@ class Entry:
 
 
 OPTIONS = ("sampler", "steps", "n", "prior", "guidance_weight", "eta", "variance",
-           "uncertainty", "strength", "start", "ramp", "shuffled")  # what an evaluation may ask for
+           "uncertainty", "strength", "start", "ramp", "shuffled", "refine_steps")  # what an evaluation may ask for
 
 
 def _asked(evaluation: dict) -> dict:
@@ -105,10 +106,9 @@ def evaluate(
         for each in seen:
             each.add(images[:n - start])
     timed = seconds[1:] or seconds
-    guided = evaluation.get("guidance_weight", 1) not in (0, 1)
     told = {k: v for option in asked.values() if hasattr(option, "report") for k, v in option.report().items()}
     metrics = [compare(*part) for part in zip(seen, references, networks)]
-    return {**evaluation, "nfe": 0 if evaluation["sampler"] is None else steps * (1 + guided),
+    return {**evaluation, "nfe": 0 if evaluation["sampler"] is None else model.nfe(**asked),
             "seconds_per_image": sum(timed) / len(timed) / batch, "batch": batch, **told, "metrics": {k: v for m in metrics for k, v in m.items()}}
 
 # %% ../nbs/00i_runs.ipynb #cell-011
@@ -123,6 +123,7 @@ class Material:
     n: int = 500  # images to make
     batch: int = 250  # images at a time
     seed: int = 0  # of what is drawn
+    steps: int = 20  # network evaluations of a sample
 
     @property
     def parts(self) -> list[int]:
@@ -244,10 +245,12 @@ class _Job:
             parents[name] = weights_hash(parent)
         data, test = self.data(entry)
         self.say(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {count_parameters(model, trainable=True):,} parameters")
-        config, folder = TrainConfig(**entry.train), entry.folder(self.runs)
-        compiled = default_device(self.cpu).type == "cuda"
-        result = train(model, data, config, folder, entry.seed, test, self.clock.left(), cpu=self.cpu, compile=compiled,
-                       progress=self.progress)
+        config, folder, device = TrainConfig(**entry.train or {}), entry.folder(self.runs), default_device(self.cpu)
+        compiled = device.type == "cuda"
+        if entry.train is None:
+            result = TrainResult(True, None, 0, 0.0, [], 0, device.type, "fp32")
+        else:
+            result = train(model, data, config, folder, entry.seed, test, self.clock.left(), cpu=self.cpu, compile=compiled, progress=self.progress)
         if not result.finished:
             raise TimeUp
         if isinstance(model, FeatureModel):  # shipped in half precision: measure with what is shipped
@@ -294,7 +297,7 @@ class _Job:
                 done.add(evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch,
                                   check=self.clock.check, progress=self.progress) | _measured_by(device))
         with eager(), autocast(device):
-            material = Material(data, test, networks[0], references[0]["held-out"], entry.n_study, entry.batch) if networks else None
+            material = Material(data, test, networks[0], references[0]["held-out"], entry.n_study, entry.batch, steps=entry.steps_study) if networks else None
             for name in entry.studies:
                 if name not in done.studies:
                     self.clock.check()

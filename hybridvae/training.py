@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'Average', 'supports_bf16', 'autocast', 'eager', 'compile_networks', 'peak_memory', 'latest_checkpoint',
-           'save_checkpoint', 'heldout_losses', 'TrainResult', 'train']
+           'save_checkpoint', 'heldout_losses', 'TrainResult', 'train', 'training_step']
 
 # %% ../nbs/00g_training.ipynb #cell-002
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -257,6 +259,8 @@ def train(
     average, run = Average(model), _Run(Path(run_dir), config, model, seed)
     if run.checkpoint:
         _load_training_state(run.checkpoint / "state.safetensors", model, average, optimizer)
+    else:
+        model.prepare(data)
     if compile:
         compile_networks(model)
     if config.n_slices % world:
@@ -384,3 +388,24 @@ class _Run:
         save_checkpoint(self.folder, model, average, optimizer,
                         {"step": self.step, "seconds": self.seconds, "history": self.history,
                          "since_point": self.since_point, "identity": self.identity})
+
+# %% ../nbs/00g_training.ipynb #cell-029
+def training_step(
+    model: Model,  # on its device; in training mode and channels_last afterwards, as in `train`
+    x: torch.Tensor,  # (B, C, H, W) in [-1, 1], on the same device
+    config: TrainConfig,  # its precision and weight decay count
+) -> Callable[[], None]:
+    "A function that does one training step on `x`: forward and backward pass, AdamW at a rate of 1e-6, gradients set free; noise of seed 0."
+    model.train().to(memory_format=torch.channels_last)
+    x, steps = x.contiguous(memory_format=torch.channels_last), itertools.count()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=config.weight_decay, fused=x.device.type in ("cuda", "cpu"))
+
+    def step() -> None:
+        with autocast(x.device, config.precision):
+            loss = model.training_loss(x, draws=Draws(0, next(steps), device=x.device))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Module):
     "Image (B, C, H, W) -> mu, logvar, each (B, z_dim)."
 
-    def __init__(self, image_size: int, channels: int, z_dim: int, width: int, multipliers: tuple, blocks: int, patch: int):
+    def __init__(self, image_size: int, channels: int, z_dim: int, width: int, multipliers: tuple, blocks: int, patch: int, z_channels: int = 0):
         super().__init__()
         widths = [width * m for m in multipliers]
         layers = [nn.Conv2d(channels, widths[0], 3 if patch == 1 else patch, stride=patch, padding=int(patch == 1))]
@@ -58,7 +58,9 @@ class Encoder(nn.Module):
                 layers.append(nn.Conv2d(before, before, 3, stride=2, padding=1))
             layers += [ResidualBlock(before if i == 0 else now, now) for i in range(blocks)]
         size = image_size // patch // 2 ** (len(widths) - 1)
-        layers += [group_norm(widths[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(widths[-1] * size**2, 2 * z_dim)]
+        layers += [group_norm(widths[-1]), nn.SiLU()]
+        layers += ([nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1), nn.Flatten()] if z_channels else
+                   [nn.Flatten(), nn.Linear(widths[-1] * size**2, 2 * z_dim)])
         self.net = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,11 +71,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     "Code (B, z_dim) -> image (B, C, H, W), the mean of p(x|z)."
 
-    def __init__(self, image_size: int, channels: int, z_dim: int, width: int, multipliers: tuple, blocks: int, patch: int):
+    def __init__(self, image_size: int, channels: int, z_dim: int, width: int, multipliers: tuple, blocks: int, patch: int, z_channels: int = 0):
         super().__init__()
         widths = [width * m for m in reversed(multipliers)]
         size = image_size // patch // 2 ** (len(widths) - 1)
-        layers = [nn.Linear(z_dim, widths[0] * size**2), nn.Unflatten(1, (widths[0], size, size))]
+        layers = ([nn.Unflatten(1, (z_channels, size, size)), nn.Conv2d(z_channels, widths[0], 3, padding=1)] if z_channels else
+                  [nn.Linear(z_dim, widths[0] * size**2), nn.Unflatten(1, (widths[0], size, size))])
         for level, (before, now) in enumerate(zip([widths[0], *widths], widths)):
             if level:
                 layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, before, 3, padding=1)]
@@ -89,6 +92,8 @@ class Decoder(nn.Module):
 class VAE(Model):
     """Residual convolutional VAE with a Gaussian decoder of fixed standard deviation (Kingma & Welling 2014).
 
+    With `z_channels` every number of the code has a place in the image (Rombach et al. 2022, section 3.1): codes stay vectors, z_dim = z_channels·s², s
+    being the resolution of the last level, and `code_shape` (z_channels, s, s) says how to lay one out; otherwise it is (z_dim,).
     `beta` weights the KL in nats per dimension (Higgins et al. 2017). With a learned prior (see `00c_priors`) the KL is estimated with
     the drawn code (Kingma & Welling 2014, equation 6).
     """
@@ -105,12 +110,16 @@ class VAE(Model):
         sigma: float = 0.2,  # standard deviation s of the decoder, image range [-1, 1]
         beta: float = 1.0,  # weight of the KL
         prior: dict | None = None,  # config of a learned prior, `dim` left out; N(0, I) unless given
+        z_channels: int = 0,  # channels of a code with a place, which then decide z_dim; 0 for a vector
     ):
         super().__init__()
-        shape = dict(image_size=image_size, channels=channels, z_dim=z_dim, width=width,
-                     multipliers=list(multipliers), blocks=blocks, patch=patch)
         if image_size % (patch * 2 ** (len(multipliers) - 1)):
             raise ValueError(f"image_size {image_size} does not divide by patch {patch} and {len(multipliers) - 1} halvings")
+        side = image_size // patch // 2 ** (len(multipliers) - 1)
+        z_dim = z_channels * side**2 or z_dim
+        self.code_shape = (z_channels, side, side) if z_channels else (z_dim,)
+        shape = dict(image_size=image_size, channels=channels, z_dim=z_dim, width=width,
+                     multipliers=list(multipliers), blocks=blocks, patch=patch, **({"z_channels": z_channels} if z_channels else {}))
         self.config = {"model": "VAE", **shape, "sigma": sigma, "beta": beta, "prior": prior}
         self.encoder, self.decoder = Encoder(**shape), Decoder(**shape)
         self.z_dim, self.image_shape, self.sigma, self.beta = z_dim, (channels, image_size, image_size), sigma, beta
@@ -179,7 +188,9 @@ class VAE(Model):
             mu, logvar = self.encode(x)
             kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(dim=0)  # from N(0, I)
             terms = self.elbo_terms(x, Draws(0, 0, device=x.device).randn(*mu.shape))
-        return {"heldout_reconstruction_mse": (self.reconstruct(x) - x).square().mean().item(), "kl_per_code_dimension": kl.tolist(),
+        channels = kl.reshape(self.code_shape).flatten(1).sum(dim=1) if len(self.code_shape) > 1 else None  # thousands of places say no more
+        of_code = {"kl_per_code_dimension": kl.tolist()} if channels is None else {"kl_per_code_channel": channels.tolist()}
+        return {"heldout_reconstruction_mse": (self.reconstruct(x) - x).square().mean().item(), **of_code,
                 "active_units": int((mu.var(dim=0) > 0.01).sum()), "heldout_kl": terms["kl"].mean().item() * x[0].numel(),
                 "heldout_elbo": -(terms["reconstruction"] + terms["kl"]).mean().item() * x[0].numel(), "posterior_variance": logvar.exp().mean().item()}
 

@@ -153,8 +153,10 @@ FAULTS = [
     Fault("codes without their deviation", "vae.py", "found.append(reparameterize(mu, logvar, draws.randn(*mu.shape)).cpu())",
           "found.append(mu.cpu())",
           "test_priors.py::test_codes_are_draws_from_the_posterior_of_the_first_images"),
+    Fault("a code with a place made by a linear layer", "vae.py", '**({"z_channels": z_channels} if z_channels else {})', "",
+          "test_vae.py::test_one_place_of_a_code_moves_the_pixels_around_it_and_no_others"),
     # runs and campaign
-    Fault("guided evaluations counted once", "runs.py", "steps * (1 + guided)", "steps",
+    Fault("guided evaluations counted once", "core.py", "steps * (1 + (guidance_weight not in (0, 1)))", "steps",
           "test_runs.py::test_nfe_counts_the_networks_evaluations"),
     Fault("options of an evaluation forgotten in its identity", "runs.py", "for k in OPTIONS if k in evaluation",
           "for k in OPTIONS[:3] if k in evaluation", "test_runs.py::test_missing_names_what_a_record_lacks"),
@@ -197,6 +199,10 @@ FAULTS = [
     Fault("every process draws for the first slices", "training.py", "reshape(world, -1)[accelerator.process_index]",
           "reshape(world, -1)[0]",
           "test_training.py::test_two_processes_end_with_the_weights_of_one"),
+    Fault("images measured again when a run goes on", "training.py", "    else:\n        model.prepare(data)", "    model.prepare(data)",
+          "test_runs.py::test_what_was_measured_before_training_is_in_the_checkpoint_and_is_not_measured_again"),
+    Fault("what was measured before training not restored", "training.py", "            buffers[name].copy_(value)", "            pass",
+          "test_runs.py::test_what_was_measured_before_training_is_in_the_checkpoint_and_is_not_measured_again"),
     # draws, pixels, files, data
     Fault("noise the same in every slice", "core.py", "derive_seed(seed, step, s))", "derive_seed(seed, step))",
           "test_core.py::test_draws_depend_on_seed_step_and_slice_and_on_nothing_else"),

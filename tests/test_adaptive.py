@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import complains, generator, randomised
-from hybridvae.adaptive import UNCERTAINTIES, Adaptation, AdaptiveDiffuseVAE, ConditionFlow, UncertaintyHead, experiments, uncertainty
+from hybridvae.adaptive import UNCERTAINTIES, WAY_STEPS, WAYS, Adaptation, AdaptiveDiffuseVAE, ConditionFlow, UncertaintyHead, experiments, uncertainty
 from hybridvae.core import Draws, build_model, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
@@ -373,11 +373,12 @@ def eye():
 
 
 @pytest.mark.parametrize("name", ["uncertainty", "adaptive", "priors", "noise", "truncation"])
-def test_a_study_answers_with_finite_numbers_the_same_ones_every_time(eye, name):
-    m = model()
-    m.refine = lambda *args, refine=m.refine, **options: refine(*args, **options | {"steps": 2})
-    look = Material(shapes(120), shapes(60, 200), eye, describe(eye, shapes(60, 200)), 12, 7)
+def test_a_study_answers_with_finite_numbers_the_same_ones_every_time(eye, name, monkeypatch):
+    m, asked, refine = model(), [], AdaptiveDiffuseVAE.refine
+    monkeypatch.setattr(AdaptiveDiffuseVAE, "refine", lambda self, *args, **options: asked.append(options["steps"]) or refine(self, *args, **options))
+    look = Material(shapes(120), shapes(60, 200), eye, describe(eye, shapes(60, 200)), 12, 7, steps=2)
     text = json.dumps(STUDIES[name](m, look), allow_nan=False)
+    assert set(asked) == (set() if name == "uncertainty" else {2})  # the steps of the material, wherever something is refined
     torch.manual_seed(1)
     assert json.dumps(STUDIES[name](m, look)) == text
 
@@ -450,3 +451,9 @@ def test_entries_have_names_and_configs_of_their_own_and_what_they_need_exists()
             assert all((parent, e.seed) in known for parent in e.depends_on.values()), e.experiment
             assert set(e.studies) <= set(STUDIES) and build_model(e.model).config["model"] == e.model["model"]
         assert {e.seed for e in entries} == {0, 1, 2}
+
+
+def test_studies_refine_on_the_grid_on_which_the_ways_are_evaluated():
+    for e in (e for e in experiments() if e.studies):
+        grids = {asked["steps"] for asked in e.evaluations if any(asked.items() >= way.items() for way in WAYS.values() if way)}
+        assert grids == {WAY_STEPS} == {e.steps_study}, e.experiment

@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import complains, generator
 from hybridvae import campaign, runs
-from hybridvae.campaign import (TINY, dry_run, listing, measure_throughput, queue, run_campaign, shrink, stages, stand_in_data,
-                                state, throughput)
-from hybridvae.core import RECORD_KEYS, Draws, build_model, config_hash, count_parameters, record_path, write_record
+from hybridvae.campaign import (TINY, dry_run, listing, measure_throughput, profile_entry, queue, run_campaign, shrink, stages,
+                                stand_in_data, state, throughput)
+from hybridvae.core import (RECORD_KEYS, Draws, build_model, config_hash, count_parameters, derive_seed, record_path, weights_hash,
+                            write_record)
 from hybridvae.data import load_data
 from hybridvae.metrics import count_flops
 from hybridvae.runs import Entry, recorded
@@ -365,6 +366,20 @@ def test_throughput_counts_images_and_the_share_of_the_peak(monkeypatch):
     assert row["images_per_second"] == pytest.approx(40 / 6) and row["warm_up_seconds"] == 2
 
 
+def test_throughput_takes_the_training_step_of_the_entry(monkeypatch):
+    done = []
+
+    def training_step(model, x, config):
+        assert model.config == build_model(HYBRID.model).config and x.shape == (8, 3, 32, 32) and (config.batch_size, config.kimg) == (8, 0.032)
+        assert -1 <= x.min() < -0.9 and 0.9 < x.max() <= 1
+        return lambda: done.append(1)
+    monkeypatch.setattr(campaign, "training_step", training_step)
+    ticks = iter(np.arange(0, 1000, 2.0))
+    monkeypatch.setattr(campaign.time, "monotonic", lambda: next(ticks))
+    throughput(HYBRID, seconds=3, cpu=True)
+    assert len(done) == 3 + 5
+
+
 def test_the_throughput_of_every_data_set_is_written(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(campaign, "throughput", lambda e, seconds, compiled, peak, cpu:
@@ -373,6 +388,32 @@ def test_the_throughput_of_every_data_set_is_written(tmp_path, monkeypatch):
     content = json.loads(path.read_text())
     assert path == tmp_path / "throughput.json" and content["rows"] == [{"peak": 2.0}] * len(seen) and content["device"]
     assert set(seen) == {(d, n) for d in ("cifar10", "celeba64") for n in ("ddpm", "diffusevae-form1-z-full")} and len(seen) == 4
+
+
+def test_a_profile_of_an_entry_has_its_sizes_and_its_initial_weights(tmp_path, monkeypatch):
+    seen, inner = {}, campaign.profile_model
+
+    def profile_model(model, batch, train_batch, sampler, steps, *rest):
+        seen.update(hash=weights_hash(model), batch=batch, train_batch=train_batch, sampler=sampler, steps=steps)
+        return inner(model, batch, train_batch, sampler, steps, *rest)
+    monkeypatch.setattr(campaign, "profile_model", profile_model)
+    e = dataclasses.replace(HYBRID, batch=6)
+    profiles, row = profile_entry(e, steps=2, traces=tmp_path, cpu=True)
+    torch.manual_seed(derive_seed("init", 0))
+    model = build_model(e.model)
+    assert seen == {"hash": weights_hash(model), "batch": 6, "train_batch": 8, "sampler": "dpmpp", "steps": 2}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hybrid-full-sampling.json.gz", "hybrid-full-training-step.json.gz"]
+    assert row["sampling: ms per image"] == pytest.approx(1000 * profiles["sampling"].seconds / 6)
+    assert row["training step: ms per image"] == pytest.approx(1000 * profiles["training step"].seconds / 8)
+    assert row["training step: peak MiB"] == pytest.approx(profiles["training step"].peak_memory_bytes / 2**20) and row["sampling: peak MiB"] > 0
+    assert row["GFLOP per sample"] == pytest.approx(count_flops(lambda: model.sample(1, steps=2)) / 1e9)
+    profile_entry(e, batch=3, sampler="ddim", steps=1, cpu=True)
+    assert (seen["batch"], seen["sampler"], seen["steps"]) == (3, "ddim", 1)
+
+
+def test_an_entry_that_trains_nothing_is_profiled_in_sampling_alone():
+    profiles, row = profile_entry(dataclasses.replace(HYBRID, train=None, batch=2), steps=1, cpu=True)
+    assert list(profiles) == ["sampling"] and not [name for name in row if "training" in name]
 
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "cl"))), reason="needs a C++ compiler")

@@ -468,6 +468,40 @@ def test_throughput_is_measured_and_written(tiny, tmp_path, monkeypatch):
     assert f"{row['share_of_peak']:.0%} of the peak" in said
 
 
+# --- profile ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def shrunk(monkeypatch):
+    "All experiments as in a dry run."
+    queue = campaigns.queue
+    monkeypatch.setattr(campaigns, "queue", lambda *names: [campaigns.shrink(e) for e in queue(*names)])
+
+
+def test_profile_prints_tables_and_writes_traces_and_the_memory(shrunk, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = command("profile --cpu --steps 2 --batch 3")
+    names = ("ddpm", "diffusevae-form1")
+    traces = [f"profiles/{name}-{what}.json.gz" for name in names for what in ("sampling", "training-step")]
+    assert files_below(tmp_path) == sorted(["profiles", "profiles/memory.png", *traces])
+    assert pixels(tmp_path / "profiles" / "memory.png").std() > 0
+    for name in names:
+        assert re.search(rf"^{name}, training step: [\d,]+ ms, at most [\d.]+ MiB", said, flags=re.M) and f"{name}, sampling: " in said
+    assert said.count("aten::convolution_backward") == 2  # once for each training step
+    assert re.search(r"^sampling: ms per image +[\d.]+ +[\d.]+$", said, flags=re.M)
+    assert re.search(r"^GFLOP per sample +[\d.]+ +[\d.]+$", said, flags=re.M)
+
+
+def test_profile_takes_patterns_without_dependencies_or_feature_networks_and_seed_0_alone(shrunk, tmp_path, monkeypatch):
+    asked, inner = [], campaigns.profile_entry
+
+    def profile_entry(entry, *options):
+        asked.append((entry.experiment, entry.seed, *options))
+        return inner(entry, *options)
+    monkeypatch.setattr(campaigns, "profile_entry", profile_entry)
+    command("profile --cpu --dataset cifar10 --experiment features* --experiment *e-form1 --sampler ddim --steps 2 --out", tmp_path / "x")
+    assert asked == [("diffusevae-form1", 0, None, "ddim", 2, tmp_path / "x", True)]
+
+
 # --- report ----------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -629,6 +663,11 @@ MISTAKES = [
     ("campaign --list --dry-run", "--dry-run and --list"),
     ("campaign --peak 100", "--peak"),
     ("campaign --throughput --minutes 3", "--minutes"),
+    ("profile --dataset imagenet", "imagenet"),
+    ("profile --experiment gan", r"'gan'.*choose from .*ddpm"),
+    ("profile --experiment features", "feature networks"),
+    ("profile --experiment ddpm --steps 0 --cpu", "steps is 0"),
+    ("profile --out file", "file is a file"),
 ]
 
 

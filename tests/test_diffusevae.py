@@ -516,6 +516,16 @@ def test_a_study_answers_with_finite_numbers_the_same_ones_every_time(eye, name)
     assert json.dumps(STUDIES[name](m, material(eye, n=12, batch=7, seed=1))) != text
 
 
+@pytest.mark.parametrize("steps", [None, 2])
+def test_every_sample_of_a_study_takes_the_steps_of_its_material(eye, steps):
+    m, asked = model(1), []
+    m.refine = lambda x_hat, z=None, **options: asked.append(options.get("steps")) or x_hat.clamp(-1, 1)
+    for name in NUMBERS:
+        STUDIES[name](m, material(eye, n=12, batch=12, **({"steps": steps} if steps else {})))
+        assert asked and set(asked) == {steps or 20}, name
+        asked.clear()
+
+
 def test_robustness_starts_both_rows_at_the_same_distance(eye):
     answer = STUDIES["robustness"](quick(model(1, z_guidance=True)), material(eye, n=12))
     assert answer["levels"][0] == 0 and answer["noise on x̂"][0] == answer["noise on z"][0]
@@ -632,3 +642,9 @@ def test_the_protocol_of_the_design_is_asked_for():
         assert len(ancestral) == 1
         seeds = {e.experiment: {f.seed for f in entries if f.experiment == e.experiment} for e in entries}
         assert dataset == "celeba256" or seeds["diffusevae-form1"] == seeds["ddpm"] == seeds["vae"] == {0, 1, 2}
+
+
+def test_studies_take_the_steps_of_the_main_evaluation():
+    for e in experiments():
+        if e.studies and e.evaluations[0]["sampler"]:
+            assert e.steps_study == e.evaluations[0]["steps"], e.experiment

@@ -453,6 +453,109 @@ def test_nfe_counts_the_networks_evaluations(eye, weight):
     assert look(Camera(), eye, {"sampler": None, "steps": 1, "n": 8}, batch=8)["nfe"] == 0  # one shot
 
 
+@pytest.mark.parametrize("kind", ["DDPM", "DiffuseVAE"])
+def test_a_model_says_what_its_samples_cost(kind):
+    "Guided steps evaluate the network twice, but for weights 0 and 1; other options change nothing."
+    model = build_model({"model": "DDPM", "unet": TINY_UNET} if kind == "DDPM" else HYBRID.model)
+    assert [model.nfe(7, w) for w in (0, 0.0, 1, 1.0)] == [7] * 4 and [model.nfe(7, w) for w in (0.5, -1.0, 2, 4.0)] == [14] * 4
+    assert model.nfe(steps=7) == model.nfe(steps=7, sampler="ddim", eta=0.5, prior="ex-pde") == 7
+    assert model.nfe(sampler="dpmpp", steps=3, guidance_weight=1.5) == 6
+
+
+class Costly(Camera):
+    "A generator that counts in its own way."
+
+    def nfe(self, steps, extra=0, **options):
+        return 100 * steps + extra
+
+
+def test_an_evaluation_counts_as_the_model_does(eye):
+    assert look(Costly(), eye, {"sampler": "ddim", "steps": 3, "n": 8}, batch=8)["nfe"] == 300
+    assert look(Costly(), eye, {"sampler": "ddim", "steps": 3, "n": 8}, options={"sampler": "ddim", "steps": 3, "extra": 5}, batch=8)["nfe"] == 305
+
+
+# --- what a model measures before it is trained ---------------------------------------------------------------------
+
+class Measured(Model):
+    "A VAE of a kind: before training it measures the mean image; then it learns one number."
+
+    calls: list = []  # of `prepare`, of all models of this class
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.shift = {"model": "Measured"}, torch.nn.Parameter(torch.ones(1))
+        self.register_buffer("mean", torch.zeros(3, 32, 32))
+
+    def prepare(self, data):
+        self.calls.append((data, self.training, self.shift.item()))
+        self.mean.copy_(data.float().mean(dim=0))
+
+    def training_loss(self, x, y=None, *, draws=None):
+        assert self.mean.abs().max() > 0  # it was measured before the first step
+        return {"loss": (x - self.mean - self.shift).square().mean()}
+
+
+MEASURED = Entry("measured", "shapes", {"model": "Measured"}, TRAIN)
+
+
+def test_a_model_measures_its_training_images_once_before_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(Measured, "calls", [])
+    images = data.load_data("shapes", "train")
+    model = Measured()
+    training.train(model, images, training.TrainConfig(**TRAIN), tmp_path, cpu=True, progress=False)
+    assert len(Measured.calls) == 1 and Measured.calls[0][0] is images and Measured.calls[0][2] == 1  # before the first step
+    torch.testing.assert_close(model.mean, images.float().mean(dim=0))
+    assert model.shift.item() != 1
+
+
+def test_what_was_measured_before_training_is_in_the_checkpoint_and_is_not_measured_again(monkeypatch, tmp_path):
+    "Stopped after every step; later parts of the run get other images, which must not be looked at."
+    monkeypatch.setattr(Measured, "calls", [])
+    images, config = data.load_data("shapes", "train"), training.TrainConfig(**TRAIN)
+    mean = images.float().mean(dim=0)
+    for step in (1, 2, 3):
+        model = Measured()
+        result = training.train(model, images if step == 1 else images.first(20), config, tmp_path, minutes=0, cpu=True, progress=False)
+        assert (result.step, result.finished, len(Measured.calls)) == (step, step == 3, 1)
+        torch.testing.assert_close(model.mean, mean)
+        checkpoint = load_model(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        torch.testing.assert_close(checkpoint.mean, mean)
+    again = Measured()  # finished: continued once more, nothing is done
+    training.train(again, images.first(20), config, tmp_path, cpu=True, progress=False)
+    torch.testing.assert_close(again.mean, mean)
+    assert len(Measured.calls) == 1
+
+
+def test_an_entry_that_is_stopped_after_every_step_is_prepared_once_and_ends_with_the_same_weights(monkeypatch, tmp_path):
+    ends, stops = {}, []
+    for name, minutes in (("whole", None), ("parts", 1e-9)):  # too short for a second step
+        monkeypatch.setattr(Measured, "calls", [])
+        while name not in ends:
+            job = runs._Job([MEASURED], tmp_path / name, runs.Clock(60), cpu=True, progress=False)
+            monkeypatch.setattr(job.clock, "left", lambda: minutes)
+            try:
+                ends[name] = weights_hash(job.train(MEASURED)[0])
+            except runs.TimeUp:
+                stops.append(name)
+        assert len(Measured.calls) == 1
+    assert ends["whole"] == ends["parts"] and stops == ["parts", "parts"]  # of three steps
+
+
+# --- what studies are given -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_a_study_is_told_its_images_batch_and_steps_by_the_entry(tmp_path, monkeypatch, steps):
+    told = []
+    monkeypatch.setitem(runs.STUDIES, "steps", lambda model, m: told.append((m.n, m.batch, m.seed, m.steps)) or {"n": m.n})
+    run(dataclasses.replace(COARSE, evaluations=(), studies=("steps",), n_study=9, **({"steps_study": steps} if steps else {})), tmp_path)
+    assert told == [(9, 12, 0, steps or 20)]
+
+
+def test_the_steps_of_a_study_decide_nothing_about_the_trained_model(whole):
+    other = dataclasses.replace(HYBRID, steps_study=3)
+    assert other.config == HYBRID.config and other.missing(whole[1]) == []
+
+
 # --- what tables make of records ------------------------------------------------------------------------------------
 
 def a_record(experiment="a", seed=0, value=1.0, digest="x", model="DDPM"):

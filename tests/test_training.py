@@ -20,7 +20,7 @@ from conftest import complains, disk_full, files_below, generator
 from hybridvae import core, training
 from hybridvae.core import Draws, load_model
 from hybridvae.data import Batches, ImageData, draw_shapes, shapes_factors
-from hybridvae.training import Average, TrainConfig, heldout_losses, latest_checkpoint, train
+from hybridvae.training import Average, TrainConfig, heldout_losses, latest_checkpoint, train, training_step
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
 from safetensors.torch import load_file
@@ -500,3 +500,31 @@ def test_slices_that_the_processes_cannot_share_are_refused(tmp_path, monkeypatc
     monkeypatch.setattr(training, "Accelerator", Three)
     with complains("2 slices cannot be shared by 3 processes"):
         quietly(small_vae(), tmp_path, settings())
+
+
+# --- a step for measuring ------------------------------------------------------------------------------------------
+
+def test_a_step_for_measuring_trains_what_is_trained_next_to_nothing_and_sets_the_gradients_free():
+    model, x = small_ddpm(), torch.rand(4, 3, 16, 16, generator=generator()) * 2 - 1
+    frozen = next(model.parameters()).requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = training_step(model.eval(), x, settings())
+    step()
+    step()
+    moved = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters() if p is not frozen}
+    assert 0 < max(moved.values()) < 4e-6 and torch.equal(frozen, before[next(iter(before))])  # two steps of at most 1e-6 each
+    assert all(p.grad is None for p in model.parameters()) and model.training
+
+
+def test_a_step_for_measuring_is_that_of_adamw_on_the_models_loss():
+    ours, other, x = small_ddpm(dropout=0.0), small_ddpm(dropout=0.0), torch.rand(4, 3, 16, 16, generator=generator()) * 2 - 1
+    step = training_step(ours, x, settings(weight_decay=0.5))
+    step()
+    other.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-6, weight_decay=0.5)
+    other.training_loss(x.contiguous(memory_format=torch.channels_last), draws=Draws(0, 0))["loss"].backward()
+    optimizer.step()
+    start = small_ddpm(dropout=0.0).state_dict()
+    for (name, a), b in zip(ours.named_parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-8, msg=name)
+    assert any((a - start[name]).abs().max() > 5e-7 for name, a in ours.named_parameters())

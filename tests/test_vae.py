@@ -1,15 +1,17 @@
 """The terms of the ELBO against torch.distributions, their units, the prior, and the VAE's shapes."""
+import json
 import math
 import warnings
 
 import pytest
 import torch
 from conftest import generator, randomised
-from hybridvae.core import Draws, load_model, save_model, to_float
+from hybridvae.core import Draws, load_model, project_root, save_model, to_float
 from hybridvae.data import ImageData
 from hybridvae.priors import StandardNormal
 from hybridvae.training import TrainConfig, train
 from hybridvae.vae import VAE, kl_divergence, reparameterize
+from safetensors import safe_open
 from torch.distributions import MultivariateNormal, Normal, kl_divergence as oracle_kl
 
 SMALL = dict(image_size=16, z_dim=5, width=8, multipliers=(1, 2))
@@ -260,3 +262,131 @@ def test_a_config_builds_the_same_architecture():
     again = VAE.from_config(vae.config)
     assert again.config == vae.config and (again.sigma, again.beta) == (0.3, 2.0)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in vae.state_dict().items()}
+
+
+# --- codes with a place ---------------------------------------------------------------------------------------------
+
+PLACE = dict(image_size=32, z_channels=3, width=8, multipliers=(1, 2), patch=2)  # codes of 3 x 8 x 8
+
+
+@pytest.mark.parametrize("size, channels, patch, multipliers, side", [
+    (16, 3, 2, (1, 2), 4), (32, 1, 1, (1, 2, 2), 8), (24, 2, 4, (1,), 6), (32, 3, 2, (1, 1, 1, 1), 2)])
+def test_a_code_with_a_place_has_the_resolution_of_the_last_level(size, channels, patch, multipliers, side):
+    vae = randomised(VAE(image_size=size, channels=channels, z_channels=3, z_dim=7, width=8, patch=patch, multipliers=multipliers))
+    x = images(2, size, channels)
+    mu, logvar = vae.encode(x)
+    assert vae.code_shape == (3, side, side) and vae.z_dim == vae.config["z_dim"] == 3 * side**2
+    assert mu.shape == logvar.shape == (2, vae.z_dim) and vae.decode(mu).shape == vae.reconstruct(x).shape == x.shape
+    assert vae.sample(3, generator=generator()).shape == (3, channels, size, size)
+
+
+def test_a_vector_code_has_the_length_asked_for_and_no_place():
+    vae = VAE(**SMALL)
+    assert vae.code_shape == (5,) and vae.z_dim == 5 and "z_channels" not in vae.config  # runs begun before there were places go on
+
+
+def without_norm(vae):
+    "The VAE without group normalisation, whose averages reach from every place to every other."
+    for module in vae.modules():
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.GroupNorm):
+                setattr(module, name, torch.nn.Identity())
+    return vae.double()
+
+
+def nearby(row, column, shape, reach, scale):
+    "Which pixels lie within so many of those that the place (row, column) covers."
+    rows, columns = (torch.arange(n) for n in shape)
+    far = lambda at, pixels: torch.maximum(scale * at - pixels, pixels - (scale * at + scale - 1)).clamp(min=0)
+    return (far(row, rows)[:, None] <= reach) & (far(column, columns)[None] <= reach)
+
+
+def test_one_place_of_a_code_moves_the_pixels_around_it_and_no_others():
+    vae = without_norm(randomised(VAE(**PLACE)))
+    z = torch.randn(6, *vae.code_shape, generator=generator(), dtype=torch.float64)
+    # first convolution and residual block at 8 x 8: 3 places; convolution and block at 16 x 16: 3; the last convolution: 1; each of these pixels is 2 wide
+    reach = (3 * 2 + 3 + 1) * 2
+    for row, column in ((0, 0), (1, 6), (7, 7)):
+        other = z.clone()
+        other[:, :, row, column] += 1
+        moved = ((vae.decode(z.flatten(1)) - vae.decode(other.flatten(1))).abs() > 0).any(dim=0).any(dim=0)
+        near = nearby(row, column, moved.shape, reach, 4)
+        assert not near.all() and not (moved & ~near).any()  # nothing outside
+        assert (moved & near).sum() > 0.9 * near.sum()  # and about all that is inside
+
+
+def test_one_number_of_a_vector_moves_every_pixel():
+    vae = without_norm(randomised(VAE(**SMALL)))
+    z = torch.randn(6, 5, generator=generator(), dtype=torch.float64)
+    for k in range(5):
+        other = z.clone()
+        other[:, k] += 1
+        assert ((vae.decode(z) - vae.decode(other)).abs() > 0).any(dim=0).all()
+
+
+def test_what_an_image_shows_in_one_corner_is_written_in_that_corner_of_the_code():
+    vae, x = without_norm(randomised(VAE(**PLACE))), images(4, 32).double()
+    other = x.clone()
+    other[:, :, :4, 28:] *= -1
+    for a, b in zip(vae.encode(x), vae.encode(other)):
+        moved = ((a - b).reshape(4, *vae.code_shape).abs() > 0).any(dim=0).any(dim=0)
+        # one pixel of a code sees at most 1 + 2 (of 16 x 16: patch, block) + 1 (halving) pixels of 2, and block and convolution at 8 x 8: 3 places
+        assert moved[0, 7] and not moved[6:].any() and not moved[:, :2].any()
+
+
+def test_with_normalisation_the_change_is_still_largest_around_the_place():
+    vae = VAE(**PLACE).eval()
+    z = torch.randn(32, *vae.code_shape, generator=generator())
+    other = z.clone()
+    other[:, :, 2, 5] += 1
+    with torch.no_grad():
+        change = (vae.decode(z.flatten(1)) - vae.decode(other.flatten(1))).abs().mean(dim=(0, 1))
+    near, far = nearby(2, 5, change.shape, 4, 4), ~nearby(2, 5, change.shape, 14, 4)
+    assert near.flatten()[change.argmax()] and change[near].mean() > 5 * change[far].mean() > 0
+
+
+def test_a_code_with_a_place_has_the_same_loss_as_a_vector_and_trains_every_weight():
+    vae, x = randomised(VAE(**PLACE), scale=0.1), images(4, 32)
+    terms, dimensions = vae.training_loss(x, draws=Draws(0, 0)), 3 * 32 * 32
+    mu, logvar = vae.encode(x)
+    z = mu + posterior(mu, logvar).stddev * Draws(0, 0).randn(4, 192)
+    nll = -Normal(vae.decode(z), vae.sigma).log_prob(x).sum(dim=(1, 2, 3)).mean()
+    kl = oracle_kl(posterior(mu, logvar), Normal(0.0, 1.0)).sum(dim=1).mean()
+    torch.testing.assert_close(terms["loss"] * dimensions, nll + kl, rtol=1e-5, atol=1e-2)
+    terms["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
+
+
+@pytest.mark.parametrize("prior", [None, LEARNED[0], LEARNED[3]], ids=["normal", "flow", "vamp"])
+def test_a_vae_whose_code_has_a_place_comes_back_from_its_file(prior, tmp_path):
+    vae = VAE(**PLACE, prior=prior).eval()
+    again = load_model(save_model(vae, tmp_path / "vae.safetensors"))
+    assert again.config == vae.config == json.loads(json.dumps(vae.config)) and again.config["z_channels"] == 3
+    assert again.code_shape == vae.code_shape == (3, 8, 8)
+    torch.testing.assert_close(vae.sample(4, generator=generator()), again.sample(4, generator=generator()))
+
+
+def test_weights_from_before_there_were_places_still_load():
+    path = project_root() / "weights" / "shapes-vae.safetensors"
+    with safe_open(path, "pt") as file:
+        assert "z_channels" not in json.dumps(file.metadata())
+    vae = load_model(path)
+    assert vae.code_shape == (vae.z_dim,) and vae.sample(2, generator=generator()).isfinite().all()
+
+
+@pytest.mark.parametrize("size, patch, multipliers", [(30, 2, (1, 2, 4)), (16, 3, (1, 2))])
+def test_a_place_needs_a_size_that_divides_too(size, patch, multipliers):
+    with pytest.raises(ValueError, match=f"image_size {size} does not divide by patch {patch} and {len(multipliers) - 1} halvings"):
+        VAE(image_size=size, patch=patch, multipliers=multipliers, z_channels=2)
+
+
+def test_a_record_counts_the_kl_of_a_code_with_a_place_by_channel():
+    vae, pixels = randomised(VAE(**PLACE), scale=0.1), torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8, generator=generator())
+    vae.encoder.net[-2].weight.data[[1, 4]] = 0  # channel 1: its posterior is the prior
+    vae.encoder.net[-2].bias.data[[1, 4]] = 0
+    found = vae.measures(None, ImageData("noise", "test", pixels.numpy()))
+    mu, logvar = vae.encode(to_float(pixels))
+    want = oracle_kl(posterior(mu, logvar), Normal(0.0, 1.0)).mean(dim=0).reshape(3, 64).sum(dim=1)
+    torch.testing.assert_close(torch.tensor(found["kl_per_code_channel"]), want, rtol=1e-4, atol=1e-6)
+    assert want[1] == 0 and want[0] > 0.1 and "kl_per_code_dimension" not in found
+    assert sum(found["kl_per_code_channel"]) == pytest.approx(found["heldout_kl"], rel=1e-4)
