@@ -129,7 +129,7 @@ def stand_in_data() -> Iterator[Path]:
     "Within this context the cache is a temporary folder with random images in place of every data set that needs a download."
     rng, before = np.random.default_rng(0), os.environ.get("HYBRIDVAE_DATA")
     with tempfile.TemporaryDirectory() as folder:
-        for name, size, numbers in (("cifar10", 32, {"train": 80, "test": 60}), ("celeba64", 64, {"train": 180}), ("celeba256", 256, {"train": 30})):
+        for name, size, numbers in (("cifar10", 32, {"train": 80, "test": 60}), ("celeba64", 64, {"train": 180}), ("celeba256", 256, {"train": 150})):
             (Path(folder) / name).mkdir()
             for split, n in numbers.items():
                 np.save(Path(folder) / name / f"{split}_images.npy", rng.integers(0, 256, (n, size, size, 3), np.uint8))

@@ -540,8 +540,8 @@ def reconstruct(
     x = to_float(real.permute(0, 2, 3, 1)).to(model.device)
     with _in_a_sentence(), torch.no_grad(), autocast(model.device):
         generator = torch.Generator(model.device).manual_seed(seed)
-        rows = [vae.reconstruct(x)] if model is vae else model.reconstruct(x, generator=generator, **options)
-    print(f"{len(x)} images, in rows: image, x̂{'' if model is vae else ', refinement'}; in {_write_rows([real, *rows], out)}")
+        rows = model.reconstruct(x, generator=generator, **options) if hasattr(model, "refine") else [vae.reconstruct(x)]
+    print(f"{len(x)} images, in rows: image, x̂{', refinement' if hasattr(model, 'refine') else ''}; in {_write_rows([real, *rows], out)}")
 
 # %% ../nbs/91_cli.ipynb #cell-023
 @app.command(epilog=_examples("interpolate --weights shapes-diffusevae --seeds 0 1 --out path.png",
@@ -573,25 +573,26 @@ def interpolate(
     if vary == "noise":
         _refuse(ctx, ("images",), "--vary noise")
     model = load_generator(weights, cpu)
-    vae, options = _code_of(model), _sampling(model, sampler, steps, guidance_weight)
+    vae, options, refines = _code_of(model), _sampling(model, sampler, steps, guidance_weight), hasattr(model, "refine")
+    prior = getattr(model, "latent", vae.prior)  # codes of latent diffusion come from its process
     if model is vae and vary == "noise":
         raise HybridVAEError("a VAE has no noise to vary: use --vary code, or the weights of a hybrid.")
     draw = lambda s, shape: torch.randn(1, *shape, generator=torch.Generator().manual_seed(s)).to(model.device)
-    code = lambda s: vae.prior.sample(1, torch.Generator().manual_seed(s)).to(model.device)
+    code = lambda s: prior.sample(1, torch.Generator().manual_seed(s)).to(model.device)
     walk = lambda a, b: slerp(a.expand(n, *a.shape[1:]), b.expand(n, *b.shape[1:]), torch.linspace(0, 1, n))
     with _in_a_sentence(), torch.no_grad(), autocast(model.device):
         if images is not None:
             x = to_float(read_images(list(images), model.image_shape[-1]).permute(0, 2, 3, 1))
             ends = vae.encode(x.to(model.device))[0].float().split(1)
         else:
-            ends = [code(s) if vary == "code" else draw(s, model.image_shape) for s in seeds]
-        if model is vae:
-            rows = [vae.decode(walk(*ends))]
+            ends = [code(s) if vary == "code" else draw(s, model.image_shape if refines else prior.code_shape) for s in seeds]
+        if not refines:
+            rows = [vae.decode(walk(*ends) if vary == "code" else prior.from_noise(walk(*ends), **options))]
         elif vary == "code":
             rows = model.interpolate(walk(*ends), draw(seed, model.image_shape), **options)
         else:
             rows = model.interpolate(code(seed), walk(*ends), **options)
-    print(f"{n} images, in rows: x̂{'' if model is vae else ', refinement'}; in {_write_rows(list(rows), out)}")
+    print(f"{n} images, in rows: x̂{', refinement' if refines else ''}; in {_write_rows(list(rows), out)}")
 
 # %% ../nbs/91_cli.ipynb #cell-031
 def _feature_networks(dataset: str, features: str, inception: Path | None, device) -> list:

@@ -338,8 +338,7 @@ def _experiments(name: str, preset: dict, seed: int) -> list[Entry]:
                            depends_on={} if kind == "ddpm" else {"vae": vae.experiment}, priority=vae.priority + order, **rest))
 
     hybrid = {"model": "DiffuseVAE", "vae": preset["vae"], "form": 1, "z_guidance": False}
-    if dataset != "celeba256":
-        add("ddpm", "ddpm", {"model": "DDPM"})
+    add("ddpm", "ddpm", {"model": "DDPM"})
     for form, z in ((1, False), (1, True), (2, False), (2, True)):
         add(f"diffusevae-form{form}{'-z' if z else ''}", "hybrid", hybrid, form=form, z_guidance=z)
     if dataset == "celeba256" or cpu:

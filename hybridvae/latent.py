@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'REFINE_STEPS', 'ResidualMLP', 'DiffusionPrior', 'LatentDiffusion', 'LatentDiffuseVAE',
-           'reconstruction_ceiling', 'compare_code_priors', 'experiments']
+           'reconstruction_ceiling', 'compare_code_priors', 'experiments', 'sampling_flops', 'gain']
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-002
+import statistics
+
 import torch
 from torch import nn
 
-from .core import PRESETS, Draws, HybridVAEError, Model, to_float, to_uint8
+from .core import PRESETS, Draws, HybridVAEError, Model, build_model, to_float, to_uint8
 from .diffusevae import LATER, OTHER_SEEDS, DiffuseVAE, protocol
 from .diffusion import GaussianDiffusion
-from .metrics import ImageStatistics, frechet_distance, measure
+from .metrics import ImageStatistics, count_flops, frechet_distance, measure
 from .priors import two_sample_test
 from .runs import Entry, Material, study
 from .unet import UNet, timestep_embedding, zeroed
@@ -83,13 +85,17 @@ class DiffusionPrior(nn.Module):
         t = draws.randint(self.diffusion.timesteps, len(z))
         return self.diffusion.loss(self.denoiser, code, t, draws.randn(*code.shape))
 
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None, *, sampler: str | None = None, steps: int | None = None) -> torch.Tensor:
-        "n codes (n, D), on the generator's device."
+    def sample(self, n: int, generator: torch.Generator | None = None, **options) -> torch.Tensor:
+        "n codes (n, D), on the generator's device; options as in `from_noise`."
         device = generator.device if generator is not None else "cpu"
         noise = torch.randn(n, *self.code_shape, generator=generator, device=device).to(self.mean.device)
+        return self.from_noise(noise, generator, **options).to(device)
+
+    @torch.no_grad()
+    def from_noise(self, noise: torch.Tensor, generator: torch.Generator | None = None, *, sampler: str | None = None, steps: int | None = None) -> torch.Tensor:
+        "The codes (B, D) that the reverse process makes of noise (B, *code_shape)."
         code = self.diffusion.sample(self.denoiser, noise, sampler or self.sampler, steps or self.steps, generator=generator, clip=False)
-        return (code * self.deviation + self.mean).flatten(1).to(device)
+        return (code * self.deviation + self.mean).flatten(1)
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-021
 class LatentDiffusion(Model):
@@ -130,13 +136,26 @@ class LatentDiffusion(Model):
         return {"loss": loss, "loss_per_image": loss.detach() * z.shape[1]}
 
     @torch.no_grad()
-    def sample(self, n: int, *, sampler: str = "dpmpp", steps: int = 20, generator: torch.Generator | None = None) -> torch.Tensor:
-        "n images (n, C, H, W) in [-1, 1]."
-        return self.vae.decode(self.latent.sample(n, generator, sampler=sampler, steps=steps).to(self.device)).clamp(-1, 1)
+    def sample(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, generator: torch.Generator | None = None) -> torch.Tensor:
+        "n images (n, C, H, W) in [-1, 1]; of codes from another `prior`, which needs no steps, if one is given."
+        return self.vae.decode(_codes(self.latent, n, prior, sampler, steps, generator).to(self.device)).clamp(-1, 1)
+
+    def sampling_options(self, options: dict, data, seed: int = 0) -> dict:
+        "As in `VAE.sampling_options`; the prior \"own\" is the VAE's own, in place of the diffusion of codes."
+        return options | {"prior": self.vae.prior} if options.get("prior") == "own" else self.vae.sampling_options(options, data, seed)
+
+    def nfe(self, steps: int, prior=None, **options) -> int:
+        "Evaluations of the denoiser for an image; none where codes come from another prior."
+        return steps if prior is None else 0
 
     def networks(self) -> list[nn.Module]:
         "The denoiser and the VAE's parts."
         return [self.latent.denoiser, *self.vae.networks()]
+
+
+def _codes(latent: DiffusionPrior, n: int, prior, sampler: str, steps: int, generator: torch.Generator | None) -> torch.Tensor:
+    "n codes, of the diffusion or of another prior."
+    return latent.sample(n, generator, sampler=sampler, steps=steps) if prior is None else prior.sample(n, generator)
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-030
 class LatentDiffuseVAE(DiffuseVAE):
@@ -158,11 +177,11 @@ class LatentDiffuseVAE(DiffuseVAE):
         self.latent = DiffusionPrior(self.vae.code_shape, denoiser, latent_diffusion)
         self.config |= {"model": "LatentDiffuseVAE", "denoiser": self.latent.denoiser.config, "latent_diffusion": self.latent.diffusion.config}
 
-    prepare, training_loss = LatentDiffusion.prepare, LatentDiffusion.training_loss
+    prepare, training_loss, sampling_options = LatentDiffusion.prepare, LatentDiffusion.training_loss, LatentDiffusion.sampling_options
 
     def nfe(self, steps: int, refine_steps: int = 4, prior=None, **options) -> int:
         "Evaluations of both networks for an image; of the U-Net alone where codes come from another prior."
-        return (steps if prior is None else 0) + super().nfe(refine_steps, **options)
+        return LatentDiffusion.nfe(self, steps, prior) + super().nfe(refine_steps, **options)
 
     @torch.no_grad()
     def refine(self, x_hat: torch.Tensor, z: torch.Tensor | None = None, *, steps: int = 4, start: float = 0.4, noise: torch.Tensor | None = None,
@@ -184,13 +203,9 @@ class LatentDiffuseVAE(DiffuseVAE):
     def sample_pairs(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, refine_steps: int = 4, generator: torch.Generator | None = None,
                      **options) -> tuple[torch.Tensor, torch.Tensor]:
         "n plans and their refinements; z from another `prior` if one is given, which needs no steps. Options as in `refine`."
-        z = prior.sample(n, generator) if prior is not None else self.latent.sample(n, generator, sampler=sampler, steps=steps)
-        x_hat = self.vae.decode(z.to(self.device))
-        return x_hat, self.refine(x_hat, z.to(self.device), sampler=sampler, steps=refine_steps, generator=generator, **options)
-
-    def sampling_options(self, options: dict, data, seed: int = 0) -> dict:
-        "As in `VAE.sampling_options`; the prior \"own\" is the VAE's own, in place of the diffusion of codes."
-        return options | {"prior": self.vae.prior} if options.get("prior") == "own" else super().sampling_options(options, data, seed)
+        z = _codes(self.latent, n, prior, sampler, steps, generator).to(self.device)
+        x_hat = self.vae.decode(z)
+        return x_hat, self.refine(x_hat, z, sampler=sampler, steps=refine_steps, generator=generator, **options)
 
     def networks(self) -> list[nn.Module]:
         "Both denoisers and the VAE's parts."
@@ -305,3 +320,33 @@ def _experiments(dataset: str, preset: dict, settings: dict, seed: int) -> list[
         vae("latent-vae-512", config, 2)
         latent("latent-mlp-512", config, "latent-vae-512", settings["mlp"] | {"width": 1024 if dataset != "shapes" else 256}, (main,), 2, studies=("code_fit",))
     return found
+
+# %% ../nbs/04_latent_diffusion.ipynb #cell-051
+@torch.no_grad()
+def sampling_flops(record: dict, evaluation: dict | None = None) -> int:
+    "Floating-point operations of one sample of a record's model, made as in an evaluation (its main one unless given); counted, so the weights do not matter."
+    model, evaluation = build_model(record["config"]["model"]).eval(), evaluation or record["evaluations"][0]
+    options = {k: evaluation[k] for k in ("sampler", "steps", "refine_steps", "start") if k in evaluation}
+    return count_flops(lambda: model.sample(1, **options))
+
+
+def gain(records: list[dict], experiment: str, against: str, **asked) -> dict | None:
+    """What a latent model gains over a pixel model of the same data set, over the seeds; None where either has no record. Both in their main evaluation, the
+    first in that with the options asked for, such as `refine_steps`.
+
+    `FD` and `seconds per image`: values of both, by seed; `distance`: ratio of mean FDs; `times less time`, `times fewer operations`; `goal`: at
+    least ten times less time at no more than 1.2 times the distance. Raises `HybridVAEError` where the two are not comparable: another sampler, number of steps or n.
+    """
+    fits = lambda e: asked.items() <= e.items() and "prior" not in e
+    own, other = ([r for r in records if r["experiment"] == name and r["evaluations"]] for name in (experiment, against))
+    mains = [[next(filter(fits, r["evaluations"]), None) for r in own], [r["evaluations"][0] for r in other]]
+    if not all(mains) or None in mains[0]:
+        return None
+    if len({(e["sampler"], e["steps"], e["n"]) for e in sum(mains, [])}) > 1:
+        raise HybridVAEError(f"{experiment} and {against} were measured with another sampler, number of steps or n: evaluate them alike.")
+    name = next(m for m in mains[0][0]["metrics"] if m.startswith("FD (") and " to " not in m)
+    fd, seconds = ([[read(e) for e in part] for part in mains] for read in (lambda e: e["metrics"][name]["value"], lambda e: e["seconds_per_image"]))
+    mean = statistics.fmean
+    far, times = mean(fd[0]) / mean(fd[1]), mean(seconds[1]) / mean(seconds[0])
+    return {"FD": fd, "seconds per image": seconds, "distance": far, "times less time": times,
+            "times fewer operations": sampling_flops(other[0]) / sampling_flops(own[0], mains[0][0]), "goal": times >= 10 and far <= 1.2}

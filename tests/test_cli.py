@@ -24,6 +24,7 @@ from hybridvae.cli import app, main, read_bibliography, render_report, resolve_r
 from hybridvae.core import HybridVAEError, load_model, save_model, to_uint8, weights_hash
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.features import FeatureNetwork, load_features, weights_folder
+from hybridvae.latent import LatentDiffusion
 from hybridvae.metrics import extract, frechet_distance, slerp
 from hybridvae.priors import fit_mixture
 from hybridvae.unet import DDPM
@@ -71,7 +72,7 @@ def weights(tmp_path_factory):
     folder, small = tmp_path_factory.mktemp("weights"), TINY_UNET
     models = {"vae": VAE(**TINY_VAE), "ddpm": DDPM(small), "hybrid": DiffuseVAE(TINY_VAE, small),
               "guided": DiffuseVAE(TINY_VAE, small, form=2, z_guidance=True, cond_dropout=0.1),
-              "vae16": VAE(**TINY_VAE | {"image_size": 16}), "features": FeatureNetwork("shapes", classes=3, factors=True)}
+              "latent": LatentDiffusion(TINY_VAE, {"width": 8, "blocks": 1}), "vae16": VAE(**TINY_VAE | {"image_size": 16}), "features": FeatureNetwork("shapes", classes=3, factors=True)}
     return {name: save_model(randomised(model, 0.1), folder / f"{name}.safetensors") for name, model in models.items()}
 
 
@@ -388,6 +389,26 @@ def test_a_path_between_two_images_begins_and_ends_with_their_reconstructions(we
         assert (tile(path, 0, on_path).int() - tile(reconstructions, 1, number).int()).abs().max() <= 1
 
 
+def test_latent_diffusion_has_one_row_and_paths_of_its_own_codes_and_noises(weights, tmp_path):
+    model, out = load_model(weights["latent"]), tmp_path / "l.png"
+    command("reconstruct --cpu --n 3 --steps 2 --dataset shapes --weights", weights["latent"], "--out", out)
+    assert pixels(out).shape == (65, 98, 3)  # image and x̂, no refinement
+    close = lambda picture, i, image: (tile(picture, 0, i).int() - to_uint8(image)[0].int()).abs().max() <= 1
+    said = command("interpolate --cpu --n 3 --seeds 7 8 --weights", weights["latent"], "--out", out)
+    assert "refinement" not in said
+    assert close(pixels(out), 2, model.vae.decode(model.latent.sample(1, generator(8))))
+    command("interpolate --cpu --n 3 --steps 2 --vary noise --seeds 7 8 --weights", weights["latent"], "--out", out)
+    assert close(pixels(out), 0, model.vae.decode(model.latent.sample(1, generator(7), steps=2)))
+
+
+def test_latent_diffusion_samples_and_takes_another_prior(weights, tmp_path):
+    command("sample --cpu --n 2 --steps 2 --weights", weights["latent"], "--out", tmp_path / "own.npz")
+    command("sample --cpu --n 2 --steps 2 --prior ex-pde --dataset shapes --weights", weights["latent"], "--out", tmp_path / "other.npz")
+    own, other = (np.load(tmp_path / name)["arr_0"] for name in ("own.npz", "other.npz"))
+    want = to_uint8(load_model(weights["latent"]).sample(2, steps=2, generator=generator(0))).permute(0, 2, 3, 1).numpy()
+    assert np.abs(own.astype(int) - want.astype(int)).max() <= 1 and np.abs(own.astype(int) - other.astype(int)).max() > 1
+
+
 # --- evaluate --------------------------------------------------------------------------------------------------------------
 
 def test_evaluate_measures_what_sample_draws(weights, tmp_path):
@@ -498,7 +519,7 @@ def test_profile_takes_patterns_without_dependencies_or_feature_networks_and_see
         asked.append((entry.experiment, entry.seed, *options))
         return inner(entry, *options)
     monkeypatch.setattr(campaigns, "profile_entry", profile_entry)
-    command("profile --cpu --dataset cifar10 --experiment features* --experiment *e-form1 --sampler ddim --steps 2 --out", tmp_path / "x")
+    command("profile --cpu --dataset cifar10 --experiment features* --experiment diffusevae-form[1] --sampler ddim --steps 2 --out", tmp_path / "x")
     assert asked == [("diffusevae-form1", 0, None, "ddim", 2, tmp_path / "x", True)]
 
 

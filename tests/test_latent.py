@@ -1,0 +1,402 @@
+"""Latent diffusion: codes with and without a place, their statistics, what is trained, and the hybrid put together from parts."""
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import complains, generator, randomised
+from hybridvae.campaign import queue
+from hybridvae.core import PRESETS, Draws, build_model, load_model, save_model, to_uint8, weights_hash
+from hybridvae.data import ImageData, draw_shapes, shapes_factors
+from hybridvae.diffusevae import DiffuseVAE
+from hybridvae.diffusion import GaussianDiffusion
+from hybridvae.features import FeatureNetwork
+from hybridvae.latent import REFINE_STEPS, SETTINGS, DiffusionPrior, LatentDiffuseVAE, LatentDiffusion, ResidualMLP, experiments, gain, sampling_flops
+from hybridvae.metrics import count_flops, describe, frechet_distance
+from hybridvae.priors import StandardNormal
+from hybridvae.runs import STUDIES, Entry, Material, run_entry
+from hybridvae.training import TrainConfig, train
+from hybridvae.vae import VAE
+
+VECTOR = dict(image_size=16, z_dim=4, width=8, multipliers=(1, 2))
+PLACES = dict(image_size=16, z_channels=2, width=8, multipliers=(1, 2), patch=2)  # 2 x 4 x 4
+UNET = dict(image_size=16, width=8, multipliers=(1, 2), attention=(8,))
+MLP, SMALL = {"width": 8, "blocks": 1}, {"width": 8, "multipliers": [1, 2], "attention": [4]}
+KINDS = {"vector": (VECTOR, MLP), "places": (PLACES, SMALL)}
+kinds = pytest.mark.parametrize("kind", KINDS)
+COSINE = {"schedule": "cosine", "prediction": "v", "weighting": "min_snr"}
+
+
+def latent(kind, scale=0.2):
+    return randomised(LatentDiffusion(*KINDS[kind], COSINE), scale=scale)
+
+
+def hybrid(kind="vector", **options):
+    vae, denoiser = KINDS[kind]
+    return randomised(LatentDiffuseVAE(vae, UNET, COSINE, denoiser=denoiser, latent_diffusion=COSINE, **options))
+
+
+def images(n=8, seed=1):
+    return torch.rand(n, 3, 16, 16, generator=generator(seed)) * 2 - 1
+
+
+def shapes(n=60, start=0, split="train"):
+    factors = shapes_factors(start + np.arange(n))
+    return ImageData("shapes", split, draw_shapes(factors, 16), factors)
+
+
+# --- the denoiser of vectors ----------------------------------------------------------------------------------------
+
+def test_the_mlp_sees_code_and_time_and_starts_at_zero():
+    z, t = torch.randn(6, 5, generator=generator()), torch.arange(6) * 100
+    fresh = ResidualMLP(5, width=16, blocks=2)
+    assert torch.equal(fresh(z, t), torch.zeros(6, 5))
+    mlp = randomised(ResidualMLP(5, width=16, blocks=2))
+    with torch.no_grad():
+        assert (mlp(z, t) - mlp(z, t + 50)).abs().amax(dim=1).min() > 1e-3
+        assert (mlp(z, t) - mlp(z + 0.1, t)).abs().amax(dim=1).min() > 1e-3
+        torch.testing.assert_close(mlp(z, t)[2:3], mlp(z[2:3], t[2:3]))  # each image by itself
+    mlp(z, t).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in mlp.parameters())
+
+
+# --- the prior ------------------------------------------------------------------------------------------------------
+
+def test_vectors_are_measured_by_dimension_and_places_by_channel():
+    codes = torch.randn(500, 8, generator=generator()) * torch.arange(1, 9) + torch.arange(8)
+    vector, places = DiffusionPrior((8,), MLP), DiffusionPrior((2, 2, 2), {"width": 8, "multipliers": [1], "attention": []})
+    vector.measure(codes)
+    np.testing.assert_allclose(vector.mean, codes.numpy().mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(vector.deviation, codes.numpy().std(axis=0, ddof=1), rtol=1e-5)
+    places.measure(codes)
+    blocks = codes.numpy().reshape(500, 2, 4)
+    np.testing.assert_allclose(places.mean.flatten(), blocks.mean(axis=(0, 2)), rtol=1e-5)
+    np.testing.assert_allclose(places.deviation.flatten(), [blocks[:, c].std(ddof=1) for c in (0, 1)], rtol=1e-5)
+
+
+def test_one_code_has_no_deviation():
+    with complains("1 codes", "at least two"):
+        DiffusionPrior((4,), MLP).measure(torch.zeros(1, 4))
+
+
+def test_a_number_that_never_changes_does_not_divide_by_zero():
+    prior = DiffusionPrior((4,), MLP)
+    prior.measure(torch.ones(10, 4))
+    assert torch.isfinite(prior.loss(torch.ones(3, 4), Draws(0, 0))).all()
+
+
+@pytest.mark.parametrize("shape, denoiser", [((3,), MLP), ((3, 4, 4), SMALL)])
+def test_normal_codes_are_drawn_with_the_mean_and_deviation_that_were_measured(shape, denoiser):
+    # for x₀ ~ N(0, I) the best v is 0 at every t, which is what an untrained denoiser says: its draws must be exact
+    prior = DiffusionPrior(shape, denoiser, COSINE)
+    offset, scale = torch.tensor([5.0, -2.0, 0.5]), torch.tensor([3.0, 0.1, 1.0])
+    spread = lambda v: v.repeat_interleave(math.prod(shape) // 3)
+    codes = spread(offset) + spread(scale) * torch.randn(4_000, math.prod(shape), generator=generator())
+    prior.measure(codes)
+    n = 3_000 * 3 // math.prod(shape) + 300
+    drawn = prior.sample(n, generator(1), sampler="ancestral", steps=250).reshape(n, 3, -1).transpose(0, 1).flatten(1)
+    error = 4 / math.sqrt(drawn.shape[1])
+    assert ((drawn.mean(dim=1) - offset).abs() < error * scale + 0.06 * scale).all()
+    assert ((drawn.std(dim=1) / scale - 1).abs() < 0.05).all()  # clipped to [-1, 1] it would be far less
+
+
+def test_the_loss_is_the_diffusion_loss_of_normalised_codes():
+    prior = randomised(DiffusionPrior((4,), MLP, COSINE))
+    z = 3 * torch.randn(16, 4, generator=generator(2)) + 1
+    prior.measure(z)
+    draws = Draws(3, 0)
+    t, eps = draws.randint(1000, 16), draws.randn(16, 4)
+    x0 = (z - z.mean(dim=0)) / z.std(dim=0)
+    alpha_bar = torch.from_numpy(GaussianDiffusion(**COSINE).alphas_cumprod)[t, None].float()
+    x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+    snr = alpha_bar / (1 - alpha_bar)
+    with torch.no_grad():
+        want = (snr.clamp(max=5) / (snr + 1))[:, 0] * (prior.denoiser(x_t, t) - v).square().mean(dim=1)
+        torch.testing.assert_close(prior.loss(z, Draws(3, 0)), want, rtol=1e-4, atol=1e-6)
+
+
+def test_it_learns_two_points_that_no_normal_distribution_fits():
+    torch.manual_seed(0)
+    prior, points = DiffusionPrior((2,), {"width": 32, "blocks": 2}, COSINE), torch.tensor([[4.0, 1.0], [-4.0, 3.0]])
+    prior.measure(points.repeat(50, 1))
+    optimizer = torch.optim.Adam(prior.parameters(), lr=3e-3)
+    for step in range(400):
+        optimizer.zero_grad()
+        prior.loss(points.repeat(64, 1), Draws(0, step)).mean().backward()
+        optimizer.step()
+    apart = torch.cdist(prior.sample(400, generator()), points)
+    assert (apart.min(dim=1).values < 0.5).float().mean() > 0.95
+    assert 0.4 < (apart.argmin(dim=1) == 0).float().mean() < 0.6
+
+
+@kinds
+def test_draws_are_those_of_the_noise_and_of_the_steps_asked_for(kind):
+    prior = latent(kind).latent
+    noise = torch.randn(3, *prior.code_shape, generator=generator(4))
+    torch.testing.assert_close(prior.from_noise(noise, steps=3), prior.sample(3, generator(4), steps=3))
+    calls = []
+    handle = prior.denoiser.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[1][0].item()))
+    prior.sample(2, generator(), sampler="ddim", steps=4)
+    handle.remove()
+    assert calls == prior.diffusion.timestep_grid(4)[:-1]
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+@kinds
+def test_only_the_denoiser_is_trained_and_the_vae_stays_in_evaluation_mode(kind):
+    model = LatentDiffusion(*KINDS[kind], COSINE).train()
+    assert {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad} == {"denoiser"}
+    assert not model.vae.training and model.latent.training
+    randomised(model).train()
+    model.training_loss(images())["loss"].backward()
+    assert all(p.grad is None for p in model.vae.parameters()) and all(p.grad is not None for p in model.latent.denoiser.parameters())
+
+
+@kinds
+def test_a_sample_is_what_the_decoder_makes_of_a_drawn_code(kind):
+    model = latent(kind)
+    z = model.latent.sample(5, generator(), sampler="ddim", steps=3)
+    made = model.sample(5, sampler="ddim", steps=3, generator=generator())
+    with torch.no_grad():
+        torch.testing.assert_close(made, model.vae.decode(z).clamp(-1, 1))
+    assert made.shape == (5, 3, 16, 16) and made.abs().max() <= 1
+    assert not torch.equal(made, model.sample(5, sampler="ddim", steps=3, generator=generator(1)))
+    another = StandardNormal(model.vae.z_dim)
+    with torch.no_grad():
+        want = model.vae.decode(another.sample(5, generator())).clamp(-1, 1)
+    torch.testing.assert_close(model.sample(5, prior=another, generator=generator()), want)
+    assert model.nfe(steps=3) == 3 and model.nfe(steps=3, prior=another) == 0
+
+
+@kinds
+def test_codes_are_drawn_in_training(kind):
+    model, x = latent(kind), images(2).repeat(4, 1, 1, 1)
+    seen = []
+    loss = model.latent.loss
+    model.latent.loss = lambda z, draws: seen.append(z) or loss(z, draws)
+    model.training_loss(x, draws=Draws(0, 0))
+    mu, logvar = model.vae.encode(x)
+    assert seen[0].shape == (8, model.vae.z_dim) and (seen[0][0] - seen[0][2]).abs().max() > 1e-3  # the same image, another draw
+    eps = Draws(0, 0).randn(*mu.shape)
+    torch.testing.assert_close(seen[0], mu + (0.5 * logvar).exp() * eps)
+
+
+@kinds
+def test_training_measures_the_codes_first_and_the_weights_file_holds_what_was_measured(kind, tmp_path):
+    torch.manual_seed(0)
+    model = LatentDiffusion(*KINDS[kind], COSINE)
+    data = shapes()
+    train(model, data, TrainConfig(kimg=0.032, batch_size=16), tmp_path / "run", progress=False, cpu=True)
+    codes = model.vae.codes(data).reshape(60, model.vae.code_shape[0], -1).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model.latent.deviation.flatten(), codes.std(dim=1), rtol=1e-4, atol=1e-5)
+    again = load_model(save_model(model, tmp_path / "model.safetensors"))
+    assert weights_hash(again) == weights_hash(model) and again.config == json.loads(json.dumps(model.config))
+    torch.testing.assert_close(again.sample(2, steps=2, generator=generator()), model.sample(2, steps=2, generator=generator()))
+
+
+# --- the hybrid -----------------------------------------------------------------------------------------------------
+
+def counted(model, **options):
+    "Evaluations of the latent denoiser and of the U-Net in one call of `sample`."
+    calls = {"latent": 0, "unet": 0}
+    handles = [network.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+               for name, network in (("latent", model.latent.denoiser), ("unet", model.unet))]
+    model.sample(2, generator=generator(), **options)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@kinds
+@pytest.mark.parametrize("options", [{"refine_steps": 1}, {"refine_steps": 4}, {"refine_steps": 6, "start": 1.0}, {"refine_steps": 0}, {}], ids=str)
+def test_nfe_is_the_number_of_evaluations_of_both_networks(kind, options):
+    model, steps = hybrid(kind), 3
+    found = counted(model, steps=steps, **options)
+    assert found == {"latent": steps, "unet": options.get("refine_steps", 4)}
+    assert model.nfe(steps=steps, **options) == sum(found.values())
+    prior = StandardNormal(model.vae.z_dim)
+    assert sum(counted(model, steps=steps, prior=prior, **options).values()) == model.nfe(steps=steps, prior=prior, **options)
+
+
+@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("steps, start", [(1, 0.4), (2, 0.4), (4, 0.4), (3, 0.7)])
+def test_a_refinement_runs_the_last_share_of_the_process_from_the_plan_with_noise(form, steps, start):
+    model = hybrid(form=form)
+    z = torch.randn(3, 4, generator=generator())
+    with torch.no_grad():
+        x_hat = model.vae.decode(z)
+    seen = []
+    handle = model.unet.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0], inputs[1][0].item())))
+    noise = torch.randn(x_hat.shape, generator=generator(1))
+    refined = model.refine(x_hat, z, steps=steps, start=start, noise=noise)
+    handle.remove()
+    assert len(seen) == steps and seen[0][1] == pytest.approx(1000 * steps / round(steps / start), abs=2)
+    alpha_bar = model.diffusion.alphas_cumprod[seen[0][1]]
+    want = math.sqrt(alpha_bar) * x_hat + math.sqrt(1 - alpha_bar) * noise + (x_hat if form == 2 else 0)
+    torch.testing.assert_close(seen[0][0], want, rtol=1e-4, atol=1e-5)
+    assert refined.shape == x_hat.shape and refined.abs().max() <= 1
+
+
+def test_from_noise_it_is_the_refinement_of_a_diffusevae_and_without_steps_the_plan():
+    model = hybrid(z_guidance=True)
+    plain = DiffuseVAE(VECTOR, UNET, COSINE, z_guidance=True).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("latent.")})
+    z = torch.randn(3, 4, generator=generator())
+    x_hat = model.vae.decode(z).detach()
+    torch.testing.assert_close(model.refine(x_hat, z, steps=3, start=1.0, generator=generator()), plain.refine(x_hat, z, steps=3, generator=generator()))
+    assert torch.equal(model.refine(x_hat, z, steps=0), x_hat.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("start", [0, -0.5, 1.5])
+def test_a_share_outside_its_range_is_refused(start):
+    model = hybrid()
+    with pytest.raises(ValueError, match=f"start is {start:g}: choose a share above 0, up to 1"):
+        model.sample(1, steps=2, start=start)
+
+
+def test_training_a_hybrid_on_trains_its_prior_alone():
+    model = hybrid().train()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"latent"}
+    assert model.training_loss(images())["loss"].requires_grad
+    again = build_model(json.loads(json.dumps(model.config)))
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_an_entry_without_training_is_put_together_from_trained_parts(tmp_path):
+    tiny = {"kimg": 0.016, "batch_size": 8}
+    small = {"image_size": 32, "z_dim": 4, "width": 4, "multipliers": [1, 2]}
+    unet = {"image_size": 32, "width": 4, "multipliers": [1, 2], "attention": []}
+    pair = {"model": "DiffuseVAE", "vae": small, "unet": unet}
+    entries = [Entry("a", "shapes", {"model": "VAE", **small}, tiny, subset=40),
+               Entry("b", "shapes", pair, tiny, subset=40, depends_on={"vae": "a"}),
+               Entry("c", "shapes", {"model": "LatentDiffusion", "vae": small, "denoiser": MLP}, tiny, subset=40, depends_on={"vae": "a"}),
+               Entry("d", "shapes", pair | {"model": "LatentDiffuseVAE", "denoiser": MLP}, None, subset=40, depends_on={"vae": "b", "unet": "b", "latent": "c"})]
+    record = run_entry(entries[3], entries, tmp_path, cpu=True, progress=False)
+    assert (record["kimg"], record["train_seconds"], record["history"]) == (0, 0, []) and record["config"]["train"] is None
+    assert not entries[3].missing(record) and run_entry(entries[3], entries, tmp_path, cpu=True, progress=False) == record
+    a, b, c, d = (load_model(tmp_path / "shapes-40" / name / "seed0" / "model.safetensors") for name in "abcd")
+    assert weights_hash(d.vae) == weights_hash(a) and weights_hash(d.unet) == weights_hash(b.unet) and weights_hash(d.latent) == weights_hash(c.latent)
+    assert record["depends_on"] == {"b": weights_hash(b), "c": weights_hash(c)}
+    assert d.latent.deviation.min() > 0 and not torch.equal(d.latent.deviation, torch.ones_like(d.latent.deviation))
+
+
+# --- studies --------------------------------------------------------------------------------------------------------
+
+def material(n=60):
+    torch.manual_seed(0)
+    network, test = FeatureNetwork(image_size=16, width=4, num_features=6).eval(), shapes(60, start=5_000, split="test")
+    return Material(shapes(80), test, network, describe(network, test), n=n, batch=25)
+
+
+@kinds
+def test_the_ceiling_is_the_distance_of_training_images_and_of_their_reconstructions(kind):
+    model, m = latent(kind), material()
+    found = STUDIES["ceiling"](model, m)
+    x = m.train.first(60).float()
+    distance = lambda made: frechet_distance(describe(m.features, to_uint8(made)).features, m.heldout.features)
+    assert found["n"] == 60 and set(found) == {"n", "images", "mean code", "drawn code"}
+    assert found["images"]["FD"] == pytest.approx(distance(x), rel=1e-3)
+    assert found["mean code"]["FD"] == pytest.approx(distance(model.vae.reconstruct(x)), rel=1e-3)
+    assert found["drawn code"]["FD"] != found["mean code"]["FD"]
+
+
+def test_the_ceiling_of_a_hybrid_is_also_measured_after_refinement():
+    found = STUDIES["ceiling"](hybrid(), material(n=20))
+    assert found["refined"]["FD"] != found["drawn code"]["FD"] and found["refined"]["FD"] > 0
+
+
+def test_a_prior_that_fits_is_not_told_from_codes_and_one_that_does_not_is():
+    model, m = latent("vector"), material()
+    model.latent.sample = lambda n, g, **_: 50 + torch.randn(n, 4, generator=g)  # far away
+    model.vae.encode = lambda x: (torch.zeros(len(x), 4), torch.zeros(len(x), 4))  # codes are N(0, I)
+    found = STUDIES["code_fit"](model, m)
+    assert found["diffusion"]["accuracy"] > 0.95 and found["N(0, I)"]["accuracy"] < 0.75
+    assert set(found) == {"n", "diffusion", "N(0, I)", "ex-pde", "realnvp"} and found["diffusion"]["FD"] != found["N(0, I)"]["FD"]
+
+
+# --- what a sample costs, and what is gained -----------------------------------------------------------------------
+
+def record_of(model, fd, seconds, experiment="latent", **asked):
+    evaluation = {"sampler": "dpmpp", "steps": 3, "n": 100, "seconds_per_image": seconds, "metrics": {"FD (shapes)": {"value": fd}, "FD (shapes) to training set": {"value": 0.0}}}
+    return {"experiment": experiment, "config": {"model": model.config}, "evaluations": [evaluation | asked]}
+
+
+def test_the_operations_of_a_sample_are_those_of_its_parts():
+    width, dim, blocks = 8, 4, 1
+    macs = dim * width + 2 * width * width + blocks * (2 * width * width + 8 * width * width) + width * dim  # stem, time, modulation and body, head
+    model = latent("vector")
+    decoder = count_flops(lambda: model.vae.decode(torch.zeros(1, 4)))
+    assert sampling_flops(record_of(model, 1, 1)) == 3 * 2 * macs + decoder
+    both = hybrid()
+    unet = count_flops(lambda: both.unet(torch.zeros(1, 3, 16, 16), torch.zeros(1), cond=torch.zeros(1, 3, 16, 16)))
+    assert sampling_flops(record_of(both, 1, 1, refine_steps=2)) == 3 * 2 * macs + decoder + 2 * unet
+    assert sampling_flops(record_of(both, 1, 1, refine_steps=5, start=1.0)) == 3 * 2 * macs + decoder + 5 * unet
+
+
+@pytest.mark.parametrize("fd, seconds, reached", [(12.0, 0.1, True), (12.1, 0.1, False), (5.0, 0.11, False), (5.0, 0.01, True)])
+def test_the_goal_asks_for_a_tenth_of_the_time_at_a_fifth_more_distance(fd, seconds, reached):
+    ours, pixels = latent("vector"), DiffuseVAE(VECTOR, UNET)
+    records = [record_of(ours, fd - 1, seconds), record_of(ours, fd + 1, seconds), record_of(pixels, 9.0, 0.9, "ddpm"), record_of(pixels, 11.0, 1.1, "ddpm")]
+    found = gain(records, "latent", "ddpm")
+    assert found["distance"] == pytest.approx(fd / 10) and found["times less time"] == pytest.approx(1 / seconds) and found["goal"] == reached
+    assert found["FD"] == [[fd - 1, fd + 1], [9.0, 11.0]] and found["times fewer operations"] == pytest.approx(sampling_flops(records[2]) / sampling_flops(records[0]))
+    assert gain(records, "latent", "nothing") is None and gain(records, "nothing", "ddpm") is None
+
+
+def test_a_gain_is_that_of_the_evaluation_asked_for():
+    ours = record_of(hybrid(), 2.0, 0.5, "latent-hybrid", refine_steps=4)
+    ours["evaluations"] += [ours["evaluations"][0] | {"prior": "own", "refine_steps": 1, "seconds_per_image": 0.01},
+                            ours["evaluations"][0] | {"refine_steps": 1, "seconds_per_image": 0.1}]
+    records = [ours, record_of(DiffuseVAE(VECTOR, UNET), 2.0, 1.0, "ddpm")]
+    times = {k: gain(records, "latent-hybrid", "ddpm", **asked)["times less time"] for k, asked in (("main", {}), (4, {"refine_steps": 4}), (1, {"refine_steps": 1}))}
+    assert times == pytest.approx({"main": 2, 4: 2, 1: 10}) and gain(records, "latent-hybrid", "ddpm", refine_steps=2) is None
+    work = [gain(records, "latent-hybrid", "ddpm", refine_steps=k)["times fewer operations"] for k in (1, 4)]
+    assert work[0] > 2 * work[1]
+
+
+@pytest.mark.parametrize("asked", [{"steps": 4}, {"sampler": "ddim"}, {"n": 50}], ids=str)
+def test_what_was_measured_otherwise_is_not_compared(asked):
+    records = [record_of(latent("vector"), 1, 1), record_of(latent("vector"), 1, 1, "ddpm", **asked)]
+    with complains("latent and ddpm", "evaluate them alike"):
+        gain(records, "latent", "ddpm")
+
+
+# --- entries --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dataset", SETTINGS)
+def test_entries_are_fair(dataset):
+    entries = {e.experiment: e for e in queue(dataset) if e.seed == 0}
+    ours = {e.experiment: e for e in experiments(dataset) if e.seed == 0}
+    pixel = entries["ddpm"]
+    for name in ("latent", "latent-mlp"):  # equal images, the same sampler, steps and number of images
+        assert ours[name].train == pixel.train and ours[name].evaluations[0] == pixel.evaluations[0]
+    assert all(ours[f"{name}-long"].train["kimg"] > pixel.train["kimg"] for name in ("latent", "latent-mlp"))
+    assert all(name in entries for e in ours.values() for name in e.depends_on.values())
+    assert all(e.evaluations[0]["n"] == pixel.evaluations[0]["n"] for e in ours.values())
+    refined = [e.get("refine_steps") for e in ours["latent-hybrid"].evaluations]
+    assert set(REFINE_STEPS) < set(refined) and ours["latent-hybrid"].train is None
+
+
+@pytest.mark.parametrize("dataset, shape", [("shapes", (4, 8, 8)), ("cifar10", (4, 8, 8)), ("celeba64", (4, 16, 16)), ("celeba256", (4, 32, 32))])
+def test_codes_have_the_sizes_that_are_named_and_parts_fit_together(dataset, shape):
+    entries = {e.experiment: e for e in experiments(dataset) if e.seed == 0}
+    assert build_model(entries["latent"].model).vae.code_shape == shape
+    assert build_model(entries["latent-mlp-512"].model).vae.code_shape == (512,)
+    everything = {e.experiment: e for e in queue(dataset) if e.seed == 0}
+    for name in ("latent-hybrid", "latent-hybrid-places"):
+        model = build_model(entries[name].model)
+        for attribute, parent in entries[name].depends_on.items():
+            part = getattr(build_model(everything[parent].model), attribute)
+            assert {k: v.shape for k, v in getattr(model, attribute).state_dict().items()} == {k: v.shape for k, v in part.state_dict().items()}
+        assert model.latent.diffusion.config == build_model(everything[entries[name].depends_on["latent"]].model).diffusion.config
+    assert dataclasses.replace(entries["latent"], seed=1).config == entries["latent"].config
+
+
+def test_three_seeds_where_claims_are_made():
+    for dataset in SETTINGS:
+        seeds = {name: [e.seed for e in experiments(dataset) if e.experiment == name] for name in ("latent", "latent-mlp-long", "latent-hybrid")}
+        assert all(found == list(PRESETS[dataset].get("seeds", (0, 1, 2))) for found in seeds.values())
