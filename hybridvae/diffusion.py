@@ -136,11 +136,17 @@ class GaussianDiffusion:
         "ᾱ_t, with ᾱ_-1 = 1: before the first step there is no noise."
         return float(self.alphas_cumprod[t]) if t >= 0 else 1.0
 
-    def timestep_grid(self, steps: int) -> list[int]:
-        "`steps` timesteps from T - 1 down, evenly spaced, then -1, the image. Raises `ValueError` outside 1...T."
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"steps is {steps}: choose from 1 to {self.timesteps}")
-        return (np.round(np.arange(self.timesteps, 0, -self.timesteps / steps)).astype(int) - 1).tolist()[:steps] + [-1]
+    def timestep_grid(self, steps: int, start: float = 1.0) -> list[int]:
+        """`steps` timesteps from T - 1 down, evenly spaced, then -1, the image; with `start` from that share of T down.
+
+        Raises `ValueError` for steps outside 1...start·T, or a share outside (0, 1].
+        """
+        if not 0 < start <= 1:
+            raise ValueError(f"start is {start:g}: choose a share above 0, up to 1")
+        first = round(start * self.timesteps)
+        if not 1 <= steps <= first:
+            raise ValueError(f"steps is {steps}: choose from 1 to {first}")
+        return (np.round(np.arange(first, 0, -first / steps)).astype(int) - 1).tolist()[:steps] + [-1]
 
     def start_of(self, steps: int, taken: int | None = None) -> int:
         "The timestep at which the last `taken` of so many steps begin (Meng et al. 2022, algorithm 1)."
@@ -165,13 +171,14 @@ class GaussianDiffusion:
         variance: str = "small",  # of ancestral sampling: "small" is the posterior's, "large" is β
         clip: bool = True,  # clip each predicted x₀ to [-1, 1]
         taken: int | None = None,  # take only so many of the steps, the last ones; see `start_of`
+        start: float = 1.0,  # or run only this share of the process, its last part; noise is then y at its first timestep, see `timestep_grid`
     ) -> torch.Tensor:
         """Images x₀ (B, ...): the reverse process from pure noise, in y = x - shift; or its last steps, from images that were given the noise
         of timestep `start_of(steps, taken)`. Raises `ValueError` for a `taken` that is not in 1...steps."""
         _choice("sampler", sampler, SAMPLERS)
         _choice("variance", variance, ("small", "large"))
         y, previous = noise, None
-        grid = self.timestep_grid(steps)[-1 - self._taken(steps, taken):]
+        grid = self.timestep_grid(steps, start)[-1 - self._taken(steps, taken):]
         for t, s in zip(grid[:-1], grid[1:]):
             t_batch = torch.full((len(y),), t, device=y.device)
             x_t = y if shift is None else y + shift

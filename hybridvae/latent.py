@@ -187,17 +187,14 @@ class LatentDiffuseVAE(DiffuseVAE):
     def refine(self, x_hat: torch.Tensor, z: torch.Tensor | None = None, *, steps: int = 4, start: float = 0.4, noise: torch.Tensor | None = None,
                generator: torch.Generator | None = None, **options) -> torch.Tensor:
         """As in `DiffuseVAE.refine`, but only the last share `start` of the process is run, in so many steps, from x̂ with the noise of the timestep where
-        it begins (Meng et al. 2022). 0 steps: x̂ itself. Raises `ValueError` for a share outside (0, 1]."""
-        if not 0 < start <= 1:
-            raise ValueError(f"start is {start:g}: choose a share above 0, up to 1")
+        it begins (Meng et al. 2022). 0 steps: x̂ itself. Raises `ValueError` as `GaussianDiffusion.timestep_grid` does."""
         if not steps:
             return x_hat.clamp(-1, 1)
-        device, grid = generator.device if generator is not None else "cpu", round(steps / start)
+        device, first = generator.device if generator is not None else "cpu", self.diffusion.timestep_grid(steps, start)[0]
         noise = torch.randn(x_hat.shape, generator=generator, device=device).to(x_hat.device) if noise is None else noise
-        if grid > steps:
-            t = torch.full((len(x_hat),), self.diffusion.start_of(grid, steps), device=x_hat.device)
-            noise = self.diffusion.q_sample(x_hat, t, noise)
-        return super().refine(x_hat, z, steps=grid, taken=steps, noise=noise, generator=generator, **options)
+        if start < 1:
+            noise = self.diffusion.q_sample(x_hat, torch.full((len(x_hat),), first, device=x_hat.device), noise)
+        return super().refine(x_hat, z, steps=steps, start=start, noise=noise, generator=generator, **options)
 
     @torch.no_grad()
     def sample_pairs(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, refine_steps: int = 4, generator: torch.Generator | None = None,
@@ -238,8 +235,9 @@ def compare_code_priors(model, m: Material) -> dict:
     vae, heldout, found = model.vae, model.vae.codes(m.test, min(2_000, len(m.test)), m.seed + 1), {"n": m.n}
     fitted = {name: vae.fitted_prior(name, m.train, m.seed) for name in ("ex-pde", "realnvp") if len(vae.code_shape) == 1 and vae.z_dim <= 256}
     for name, prior in ({"diffusion": model.latent, "N(0, I)": vae.prior} | fitted).items():
+        steps = {"steps": m.steps} if name == "diffusion" else {}
         generator, seen = torch.Generator(model.device).manual_seed(m.seed), ImageStatistics(m.features)
-        drawn = torch.cat([prior.sample(m.batch, generator) for _ in range(0, max(m.n, len(heldout)), m.batch)])
+        drawn = torch.cat([prior.sample(m.batch, generator, **steps) for _ in range(0, max(m.n, len(heldout)), m.batch)])
         for z in drawn[:m.n].split(m.batch):
             seen.add(to_uint8(vae.decode(z.to(model.device))))
         test = two_sample_test(heldout, drawn[:len(heldout)].cpu())
@@ -250,7 +248,7 @@ def compare_code_priors(model, m: Material) -> dict:
 _PLACES = {"z_channels": 4, "multipliers": [1, 2], "patch": 2}  # 32 pixels -> 4x8x8, 64 -> 4x16x16
 _LARGE = {"vae": _PLACES | {"width": 64, "blocks": 2, "sigma": 1.0, "beta": 0.02},
           "denoiser": {"width": 64, "multipliers": [1, 2, 2], "blocks": 2, "attention": [8]}, "coarse": {"width": 128, "multipliers": [1, 2], "blocks": 2, "attention": []},
-          "mlp": {"width": 512, "blocks": 4}, "longer": {"latent-long": 4, "latent-mlp-long": 4}}
+          "mlp": {"width": 512, "blocks": 4}, "longer": {"latent-long": 8, "latent-mlp-long": 16}}
 
 SETTINGS = {  # of Stage 4, beside those of `PRESETS`
     "shapes": {"vae": _PLACES | {"width": 24, "sigma": 0.5, "beta": 0.1}, "denoiser": {"width": 32, "multipliers": [1, 2], "attention": [8]},
@@ -274,8 +272,8 @@ def experiments(dataset: str | None = None) -> list[Entry]:
 
 def _experiments(dataset: str, preset: dict, settings: dict, seed: int) -> list[Entry]:
     "The entries of one data set and seed."
-    first = {"shapes": 0, "cifar10": 10, "celeba64": 20, "celeba256": 100}[dataset] + LATER + 8 + (OTHER_SEEDS + seed if seed else 0)
-    rest = dict(dataset=dataset, seed=seed, batch=preset["batch"], n_study=min(preset["n"], 10_000), features="features")
+    first = {"shapes": 0, "cifar10": 10, "celeba64": 20, "celeba256": 53}[dataset] + LATER + 8 + (OTHER_SEEDS + seed if seed else 0)
+    rest = dict(dataset=dataset, seed=seed, batch=preset["batch"], n_study=preset["n"], features="features")
     places, vector = {"image_size": preset["vae"]["image_size"], **settings["vae"]}, preset["vae"]
     main, found = {"sampler": "dpmpp", "steps": 20, "n": preset["n"]}, []
 
@@ -307,7 +305,10 @@ def _experiments(dataset: str, preset: dict, settings: dict, seed: int) -> list[
     whole = main | {"refine_steps": 20, "start": 1.0}  # as many evaluations of the U-Net as the DDPM takes
     others = tuple(main | {"refine_steps": 4, "prior": prior} for prior in ("own", "ex-pde", "realnvp"))
     hybrid("latent-hybrid", vector, "diffusevae-form1", settings["mlp"], "latent-mlp-long", (whole, *others))
-    hybrid("latent-hybrid-places", places, "latent-form1", settings["denoiser"], "latent-long", (whole,))
+    hybrid("latent-hybrid-spatial", places, "latent-form1", settings["denoiser"], "latent-long", (whole,))
+    config = vector | {"z_dim": 512, "beta": settings["vae"]["beta"], "sigma": settings["vae"]["sigma"]}
+    vae("latent-vae-512", config, 2)
+    latent("latent-mlp-512", config, "latent-vae-512", settings["mlp"] | {"width": 1024 if dataset != "shapes" else 256}, (main,), 2, studies=("code_fit",))
     if seed == 0:
         for name, factor in (("free", 0.2), ("tight", 5)):
             config = places | {"beta": factor * places["beta"]}
@@ -316,9 +317,6 @@ def _experiments(dataset: str, preset: dict, settings: dict, seed: int) -> list[
         config = places | {"z_channels": 8, "multipliers": [1, 2, 4]}
         vae("latent-vae-coarse", config, 2)
         latent("latent-coarse", config, "latent-vae-coarse", settings["coarse"], (main,), 2)
-        config = vector | {"z_dim": 512, "beta": settings["vae"]["beta"], "sigma": settings["vae"]["sigma"]}
-        vae("latent-vae-512", config, 2)
-        latent("latent-mlp-512", config, "latent-vae-512", settings["mlp"] | {"width": 1024 if dataset != "shapes" else 256}, (main,), 2, studies=("code_fit",))
     return found
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-051
@@ -327,6 +325,7 @@ def sampling_flops(record: dict, evaluation: dict | None = None) -> int:
     "Floating-point operations of one sample of a record's model, made as in an evaluation (its main one unless given); counted, so the weights do not matter."
     model, evaluation = build_model(record["config"]["model"]).eval(), evaluation or record["evaluations"][0]
     options = {k: evaluation[k] for k in ("sampler", "steps", "refine_steps", "start") if k in evaluation}
+    options |= {"prior": model.vae.prior} if "prior" in evaluation else {}  # no other takes operations that count
     return count_flops(lambda: model.sample(1, **options))
 
 

@@ -243,6 +243,8 @@ class _Job:
             parent, _ = self.train(find_entry(self.entries, name, entry.seed, entry.dataset))
             getattr(model, attribute).load_state_dict(getattr(parent, attribute, parent).state_dict())  # its part of that name, or all of it
             parents[name] = weights_hash(parent)
+            if entry.train is None and hasattr(parent, "vae") and weights_hash(parent.vae) != weights_hash(model.vae):
+                raise HybridVAEError(f"{entry.experiment} is put together from parts of different VAEs, the last from {name}: train its parts again in an empty folder.")
         data, test = self.data(entry)
         self.say(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {count_parameters(model, trainable=True):,} parameters")
         config, folder, device = TrainConfig(**entry.train or {}), entry.folder(self.runs), default_device(self.cpu)

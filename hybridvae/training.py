@@ -252,7 +252,6 @@ def train(
     device, world = accelerator.device, accelerator.num_processes
     model.to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
         torch.backends.cudnn.benchmark = True  # shapes are fixed: let it choose the fastest convolutions once
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cuda", "cpu"))
@@ -261,6 +260,8 @@ def train(
         _load_training_state(run.checkpoint / "state.safetensors", model, average, optimizer)
     else:
         model.prepare(data)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # what is measured beforehand is no part of training
     if compile:
         compile_networks(model)
     if config.n_slices % world:

@@ -127,7 +127,6 @@ class VAE(Model):
         self.prior = build_prior({"dim": z_dim, **images, **prior}) if prior else StandardNormal(z_dim)
         if images:
             self.prior.bind(self.encode)
-        self._fitted = {}  # priors fitted afterwards, kept for these weights; no part of the model
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Image (B, C, H, W) in [-1, 1] -> mu, logvar of q(z|x), each (B, z_dim)."
@@ -211,7 +210,7 @@ class VAE(Model):
     def codes(self, data, n: int = 10_000, seed: int = 0) -> torch.Tensor:
         "Codes (n, z_dim) drawn from q(z|x) of the first n images of an `ImageData`: what a prior is fitted to."
         draws, found = Draws(seed, 0, device=self.device), []
-        for images in data.first(min(n, len(data))).batches(500):
+        for images in data.first(min(n, len(data))).batches(500 if self.image_shape[-1] <= 64 else 50):
             mu, logvar = self.encode(to_float(images.permute(0, 2, 3, 1).to(self.device)))
             found.append(reparameterize(mu, logvar, draws.randn(*mu.shape)).cpu())
         return torch.cat(found)
@@ -226,9 +225,13 @@ class VAE(Model):
 
         "ex-pde" is the mixture of Pandey et al. (2022, section 4). Raises `HybridVAEError` for an unknown name or too few images.
         """
-        key = (weights_hash(self), data.name, len(data), seed, self.device)
-        if self._fitted.get(name, (None,))[0] != key:
+        own = id(self) if name == "vamp" else None  # which holds on to this very encoder
+        key = (weights_hash(self), own, data.name, len(data), hash(data.images[:16].tobytes()), seed, self.device)
+        if _FITTED.get(name, (None,))[0] != key:
             images = data.first(min(500, len(data))).float() if name == "vamp" else None
             with torch.autocast(self.device.type, enabled=False):  # on the VAE's device, where the VampPrior's encoder is
-                self._fitted[name] = key, fit_by_name(name, self.codes(data).to(self.device), seed, images, self.encode)
-        return self._fitted[name][1]
+                _FITTED[name] = key, fit_by_name(name, self.codes(data).to(self.device), seed, images, self.encode)
+        return _FITTED[name][1]
+
+
+_FITTED: dict[str, tuple] = {}  # the last prior of each name: models with the same VAE share it

@@ -80,7 +80,7 @@ FAULTS = [
           "test_priors.py::test_the_best_parameters_are_kept_where_a_fit_learns_its_codes_by_heart"),
     Fault("a diverged flow goes on", "vae.py", 'p.get("heldout_log_det", 0) > 10', 'p.get("heldout_log_det", 0) > 1e9',
           "test_vae.py::test_a_flow_that_diverges_ends_the_training_and_says_so"),
-    Fault("a fitted prior outlives its weights", "vae.py", "if self._fitted.get(name, (None,))[0] != key:", "if name not in self._fitted:",
+    Fault("a fitted prior outlives its weights", "vae.py", "if _FITTED.get(name, (None,))[0] != key:", "if name not in _FITTED:",
           "test_priors.py::test_a_prior_fitted_by_name_knows_the_codes_better_than_the_vaes_own_and_follows_the_seed"),
     # adaptive conditioning
     Fault("codes clipped as if they were pixels", "latent.py", "generator=generator, clip=False)", "generator=generator, clip=True)",

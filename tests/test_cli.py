@@ -630,7 +630,7 @@ MISTAKES = [
     ("train --dataset shapes --model vae --kimg 0", "kimg"),
     ("train --dataset shapes --model vae --batch-size 12", "12"),
     ("train --dataset shapes --model vae --out file", "file"),
-    ("sample --weights nothing", r"'nothing'.*shapes-adaptive, shapes-diffusevae, shapes-vae\."),
+    ("sample --weights nothing", r"'nothing'.*shapes-adaptive, shapes-diffusevae, shapes-latent, shapes-vae\."),
     ("sample --weights empty", "empty is a folder"),
     ("sample --weights broken.safetensors", "broken"),
     ("sample --weights features.safetensors", "no images"),
