@@ -184,9 +184,10 @@ def throughput(
             "warm_up_seconds": warm, "share_of_peak": rate * flops / peak if peak else None}
 
 
-def measure_throughput(entries: list[Entry], runs: str | Path, peak: float | None = None, seconds: float = 15.0, cpu: bool = False) -> Path:
-    "Throughput of DDPM and of the full size, eager and compiled, written to `throughput.json`."
-    chosen = {(e.dataset, e.experiment): e for e in entries if e.seed == 0 and (e.experiment == "ddpm" or e.experiment.endswith("-full"))}
+def measure_throughput(entries: list[Entry], runs: str | Path, peak: float | None = None, seconds: float = 15.0, cpu: bool = False, every: bool = False) -> Path:
+    "Throughput of DDPM and of the full size, or of `every` entry, one after the other, eager and on a GPU also compiled; written to `throughput.json`."
+    fits = lambda e: e.train and (every or e.experiment == "ddpm" or e.experiment.endswith("-full"))
+    chosen = {(e.dataset, e.experiment): e for e in entries if e.seed == 0 and fits(e)}
     rows = [throughput(e, seconds, compiled, peak, cpu) for e in chosen.values() for compiled in ((False,) if cpu else (False, True))]
     return write_json(Path(runs) / "throughput.json", {**provenance(default_device(cpu)), "peak": peak, "rows": rows})
 

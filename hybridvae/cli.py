@@ -422,6 +422,7 @@ def sample(
     sampler: Sampler = "dpmpp",
     steps: Steps = 20,
     guidance_weight: Guidance = 1.0,
+    refine_steps: Annotated[int | None, typer.Option(min=0, help="of a latent diffusion's plan by a DiffuseVAE's U-Net; --steps are those of the codes")] = None,
     prior: Annotated[Literal["ex-pde", "mog", "vamp", "realnvp", "maf"] | None, typer.Option(help="draw codes from a prior fitted to those of --dataset: a mixture (ex-pde, mog), a VampPrior, a flow (realnvp, maf)")] = None,
     dataset: Annotated[str, typer.Option(help="whose training images --prior is fitted to")] = "",
     seed: Seed = 0,
@@ -437,6 +438,10 @@ def sample(
         raise HybridVAEError("--prior and --dataset go together: give both, or neither.")
     model = load_generator(weights, cpu)
     options = _sampling(model, sampler, steps, guidance_weight)
+    if refine_steps is not None:
+        if not (hasattr(model, "latent") and hasattr(model, "refine")):
+            raise HybridVAEError(f"--refine-steps is for the weights of a LatentDiffuseVAE, and these are of a {type(model).__name__}: leave it out.")
+        options["refine_steps"] = refine_steps
     if prior:
         options["prior"] = _fitted(model, prior, dataset, seed)
     print(f"{n:,} images in {write_images(_batches(model, n, batch, seed, options), n, out)}")
@@ -578,7 +583,8 @@ def interpolate(
     if model is vae and vary == "noise":
         raise HybridVAEError("a VAE has no noise to vary: use --vary code, or the weights of a hybrid.")
     draw = lambda s, shape: torch.randn(1, *shape, generator=torch.Generator().manual_seed(s)).to(model.device)
-    code = lambda s: prior.sample(1, torch.Generator().manual_seed(s)).to(model.device)
+    process = options if hasattr(prior, "from_noise") else {}
+    code = lambda s: prior.sample(1, torch.Generator().manual_seed(s), **process).to(model.device)
     walk = lambda a, b: slerp(a.expand(n, *a.shape[1:]), b.expand(n, *b.shape[1:]), torch.linspace(0, 1, n))
     with _in_a_sentence(), torch.no_grad(), autocast(model.device):
         if images is not None:
@@ -777,11 +783,11 @@ def campaign(
     if list_ or throughput:
         _refuse(ctx, ("minutes",), chosen[0])
     entries = queue(*dataset or ())
-    entries = _picked(entries, experiment) if experiment else entries
+    entries = (_matching if throughput else _picked)(entries, experiment) if experiment else entries  # what throughput is measured of needs no weights
     if list_:
         _print_listing(entries, runs)
     elif throughput:
-        _print_throughput(entries, runs, peak, cpu)
+        _print_throughput(entries, runs, peak, cpu, bool(experiment))
     elif dry_run:
         _try_out(entries, minutes)
     else:
@@ -811,12 +817,12 @@ def _print_listing(entries: list, runs: Path) -> None:
     print(_count(entries, runs))
 
 
-def _print_throughput(entries: list, runs: Path, peak: float | None, cpu: bool) -> None:
+def _print_throughput(entries: list, runs: Path, peak: float | None, cpu: bool, every: bool) -> None:
     import json
 
     from hybridvae.campaign import measure_throughput
 
-    path = measure_throughput(entries, runs, peak and peak * 1e12, cpu=cpu)
+    path = measure_throughput(entries, runs, peak and peak * 1e12, cpu=cpu, every=every)
     for row in json.loads(path.read_text())["rows"]:
         share = f", {row['share_of_peak']:.0%} of the peak" if row["share_of_peak"] else ""
         print(f"{row['dataset']} {row['experiment']}, {'compiled' if row['compiled'] else 'eager'}, batch {row['batch_size']}: "
@@ -838,7 +844,7 @@ def _try_out(entries: list, minutes: float | None) -> None:
 @app.command(epilog=_examples("profile --cpu", 'profile --dataset shapes --experiment vae --experiment "diffusevae-*" --batch 50 --cpu',
                               "profile --dataset cifar10 --experiment ddpm --sampler ddim --steps 50 --out profiles"))
 def profile(
-    experiment: Annotated[list[str] | None, typer.Option(help="which models, * for any letters; may be repeated; usually ddpm and diffusevae-form1")] = None,
+    experiment: Annotated[list[str] | None, typer.Option(help="which models, * for any letters; may be repeated; usually ddpm, diffusevae-form1, latent and latent-mlp")] = None,
     dataset: Annotated[str, typer.Option(help="shapes, cifar10, celeba64 or celeba256")] = "shapes",
     sampler: Sampler = "dpmpp",
     steps: Steps = 20,
@@ -855,7 +861,7 @@ def profile(
 
     if out.exists() and not out.is_dir():
         raise HybridVAEError(f"{out} is a file: give the name of a folder.")
-    matching = _matching(_entries(dataset), experiment or ["ddpm", "diffusevae-form1"])
+    matching = _matching(_entries(dataset), experiment or ["ddpm", "diffusevae-form1", "latent", "latent-mlp"])
     chosen = [e for e in matching if e.seed == 0 and hasattr(MODELS[e.model["model"]], "sample")]
     if not chosen:
         raise HybridVAEError("feature networks alone are not profiled: name an experiment that makes images, such as ddpm.")

@@ -26,7 +26,7 @@ from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count
 from .data import Batches, ImageData, data_root, load_data
 from .features import FEATURE_WEIGHTS, FeatureModel, load_features, shipped_features
 from .metrics import ImageStatistics, compare, count_flops, describe, distance_floors, distance_scale, load_inception
-from .training import TrainConfig, TrainResult, autocast, compile_networks, eager, train
+from .training import TrainConfig, TrainResult, autocast, compile_networks, eager, peak_memory, train
 
 # %% ../nbs/00i_runs.ipynb #cell-006
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,9 @@ def evaluate(
     "One entry of a record's `evaluations`: time per image, and all metrics of n samples."
     n, steps, generator = evaluation["n"], evaluation["steps"], torch.Generator(model.device).manual_seed(derive_seed("evaluate", seed))
     asked = {k: v for k, v in (options or evaluation).items() if k != "n"}
-    seen, seconds = [ImageStatistics(network) for network in networks], []
+    seen, seconds, cuda = [ImageStatistics(network) for network in networks], [], model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
     for start in tqdm(range(0, n, batch), desc=f"{n:,} samples, {steps} steps", unit="batch", disable=not progress, mininterval=1):
         check()
         begun = time.monotonic()
@@ -109,7 +111,8 @@ def evaluate(
     told = {k: v for option in asked.values() if hasattr(option, "report") for k, v in option.report().items()}
     metrics = [compare(*part) for part in zip(seen, references, networks)]
     return {**evaluation, "nfe": 0 if evaluation["sampler"] is None else model.nfe(**asked),
-            "seconds_per_image": sum(timed) / len(timed) / batch, "batch": batch, **told, "metrics": {k: v for m in metrics for k, v in m.items()}}
+            "seconds_per_image": sum(timed) / len(timed) / batch, "batch": batch, **({"peak_memory_bytes": peak_memory(model.device)} if cuda else {}), **told,
+            "metrics": {k: v for m in metrics for k, v in m.items()}}
 
 # %% ../nbs/00i_runs.ipynb #cell-011
 @dataclasses.dataclass

@@ -91,7 +91,7 @@ FAULTS = [
           "test_latent.py::test_vectors_are_measured_by_dimension_and_places_by_channel"),
     Fault("diffusion of mean codes", "latent.py", "            z = reparameterize(mu, logvar, draws.randn(*mu.shape))\n        loss = ", "            z = mu\n        loss = ",
           "test_latent.py::test_codes_are_drawn_in_training"),
-    Fault("a short refinement begins at pure noise", "latent.py", "            noise = self.diffusion.q_sample(x_hat, t, noise)\n", "",
+    Fault("a short refinement begins at pure noise", "latent.py", "            noise = self.diffusion.q_sample(x_hat, torch.full((len(x_hat),), first, device=x_hat.device), noise)\n", "            pass\n",
           "test_latent.py::test_a_refinement_runs_the_last_share_of_the_process_from_the_plan_with_noise"),
     Fault("steps of a diffusion that was not asked", "latent.py", "return steps if prior is None else 0", "return steps",
           "test_latent.py::test_nfe_is_the_number_of_evaluations_of_both_networks"),

@@ -24,7 +24,7 @@ from hybridvae.cli import app, main, read_bibliography, render_report, resolve_r
 from hybridvae.core import HybridVAEError, load_model, save_model, to_uint8, weights_hash
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.features import FeatureNetwork, load_features, weights_folder
-from hybridvae.latent import LatentDiffusion
+from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
 from hybridvae.metrics import extract, frechet_distance, slerp
 from hybridvae.priors import fit_mixture
 from hybridvae.unet import DDPM
@@ -394,11 +394,20 @@ def test_latent_diffusion_has_one_row_and_paths_of_its_own_codes_and_noises(weig
     command("reconstruct --cpu --n 3 --steps 2 --dataset shapes --weights", weights["latent"], "--out", out)
     assert pixels(out).shape == (65, 98, 3)  # image and x̂, no refinement
     close = lambda picture, i, image: (tile(picture, 0, i).int() - to_uint8(image)[0].int()).abs().max() <= 1
-    said = command("interpolate --cpu --n 3 --seeds 7 8 --weights", weights["latent"], "--out", out)
+    said = command("interpolate --cpu --n 3 --steps 3 --seeds 7 8 --weights", weights["latent"], "--out", out)
     assert "refinement" not in said
-    assert close(pixels(out), 2, model.vae.decode(model.latent.sample(1, generator(8))))
+    assert close(pixels(out), 2, model.vae.decode(model.latent.sample(1, generator(8), steps=3)))
     command("interpolate --cpu --n 3 --steps 2 --vary noise --seeds 7 8 --weights", weights["latent"], "--out", out)
     assert close(pixels(out), 0, model.vae.decode(model.latent.sample(1, generator(7), steps=2)))
+
+
+def test_a_hybrid_of_both_refines_as_often_as_asked(weights, tmp_path):
+    model = LatentDiffuseVAE(TINY_VAE, TINY_UNET, denoiser={"width": 8, "blocks": 1})
+    file = save_model(randomised(model, 0.1), tmp_path / "both.safetensors")
+    for k in (0, 2):
+        command("sample --cpu --n 2 --steps 2 --refine-steps", k, "--weights", file, "--out", tmp_path / f"{k}.npz")
+        want = to_uint8(load_model(file).sample(2, steps=2, refine_steps=k, generator=generator(0))).permute(0, 2, 3, 1).numpy()
+        assert np.abs(np.load(tmp_path / f"{k}.npz")["arr_0"].astype(int) - want.astype(int)).max() <= 1
 
 
 def test_latent_diffusion_samples_and_takes_another_prior(weights, tmp_path):
@@ -630,6 +639,7 @@ MISTAKES = [
     ("train --dataset shapes --model vae --kimg 0", "kimg"),
     ("train --dataset shapes --model vae --batch-size 12", "12"),
     ("train --dataset shapes --model vae --out file", "file"),
+    ("sample --weights shapes-vae --refine-steps 2", "--refine-steps.*LatentDiffuseVAE.*VAE: leave it out"),
     ("sample --weights nothing", r"'nothing'.*shapes-adaptive, shapes-diffusevae, shapes-latent, shapes-vae\."),
     ("sample --weights empty", "empty is a folder"),
     ("sample --weights broken.safetensors", "broken"),
