@@ -23,7 +23,7 @@ from .runs import Entry, Material, study
 from .unet import UNet, timestep_embedding, zeroed
 from .vae import VAE, reparameterize
 
-# %% ../nbs/04_latent_diffusion.ipynb #cell-015
+# %% ../nbs/04_latent_diffusion.ipynb #cell-008
 class ResidualMLP(nn.Module):
     """Denoiser of vectors: x_t (B, D), t (B,) -> (B, D). Residual blocks (He et al. 2016), each scaled and shifted by the time, as the `UNet`'s are, and zero
     to begin with. Raises `ValueError` for an odd width."""
@@ -52,7 +52,7 @@ class ResidualMLP(nn.Module):
             h = h + body(norm(h) * (1 + scale) + shift)
         return self.head(h)
 
-# %% ../nbs/04_latent_diffusion.ipynb #cell-018
+# %% ../nbs/04_latent_diffusion.ipynb #cell-011
 class DiffusionPrior(nn.Module):
     """A diffusion model of codes (Vahdat et al. 2021; Rombach et al. 2022), used like a prior: it can be drawn from, but has no `log_prob`.
 
@@ -102,7 +102,7 @@ class DiffusionPrior(nn.Module):
         code = self.diffusion.sample(self.denoiser, noise, sampler or self.sampler, steps or self.steps, generator=generator, clip=False)
         return (code * self.deviation + self.mean).flatten(1)
 
-# %% ../nbs/04_latent_diffusion.ipynb #cell-021
+# %% ../nbs/04_latent_diffusion.ipynb #cell-014
 class LatentDiffusion(Model):
     """Diffusion in the latent space of a frozen VAE, whose decoder makes images of its codes (Rombach et al. 2022).
 
@@ -162,7 +162,7 @@ def _codes(latent: DiffusionPrior, n: int, prior, sampler: str, steps: int, gene
     "n codes, of the diffusion or of another prior."
     return latent.sample(n, generator, sampler=sampler, steps=steps) if prior is None else prior.sample(n, generator)
 
-# %% ../nbs/04_latent_diffusion.ipynb #cell-030
+# %% ../nbs/04_latent_diffusion.ipynb #cell-031
 class LatentDiffuseVAE(DiffuseVAE):
     """A DiffuseVAE whose codes are drawn by a diffusion model: the plan is made in the latent space, a few steps in pixels refine it.
 
@@ -213,7 +213,7 @@ class LatentDiffuseVAE(DiffuseVAE):
         "Both denoisers and the VAE's parts."
         return [self.latent.denoiser, *super().networks()]
 
-# %% ../nbs/04_latent_diffusion.ipynb #cell-042
+# %% ../nbs/04_latent_diffusion.ipynb #cell-043
 @study("ceiling")
 def reconstruction_ceiling(model, m: Material) -> dict:
     """What no model of these codes can pass: metrics against the held-out images of the first n training images themselves, of what the VAE makes of
@@ -232,7 +232,7 @@ def reconstruction_ceiling(model, m: Material) -> dict:
             seen[name].add(to_uint8(made))
     return {"n": len(seen["images"]), **{name: measure(part, m.heldout) for name, part in seen.items()}}
 
-# %% ../nbs/04_latent_diffusion.ipynb #cell-043
+# %% ../nbs/04_latent_diffusion.ipynb #cell-044
 @study("code_fit")
 def compare_code_priors(model, m: Material) -> dict:
     """Is the diffusion of codes the better prior? For it, N(0, I), and (vectors of up to 256) the mixture and the RealNVP fitted afterwards: how often a classifier
@@ -249,7 +249,7 @@ def compare_code_priors(model, m: Material) -> dict:
         found[name] = {"accuracy": test["accuracy"], "n codes": test["n"], "FD": frechet_distance(seen.features, m.heldout.features)}
     return found
 
-# %% ../nbs/04_latent_diffusion.ipynb #cell-045
+# %% ../nbs/04_latent_diffusion.ipynb #cell-046
 _PLACES = {"z_channels": 4, "multipliers": [1, 2], "patch": 2}  # 32 pixels -> 4x8x8, 64 -> 4x16x16
 _LARGE = {"vae": _PLACES | {"width": 64, "blocks": 2, "sigma": 1.0, "beta": 0.02},
           "denoiser": {"width": 64, "multipliers": [1, 2, 2], "blocks": 2, "attention": [8]}, "coarse": {"width": 128, "multipliers": [1, 2], "blocks": 2, "attention": []},
@@ -324,7 +324,7 @@ def _experiments(dataset: str, preset: dict, settings: dict, seed: int) -> list[
         latent("latent-coarse", config, "latent-vae-coarse", settings["coarse"], (main,), 2)
     return found
 
-# %% ../nbs/04_latent_diffusion.ipynb #cell-052
+# %% ../nbs/04_latent_diffusion.ipynb #cell-053
 def sampling_flops(record: dict, evaluation: dict | None = None) -> int:
     "Floating-point operations of one sample of a record's model, made as in an evaluation (its main one unless given); counted, so the weights do not matter."
     evaluation = evaluation or record["evaluations"][0]
