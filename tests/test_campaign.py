@@ -387,7 +387,12 @@ def test_the_throughput_of_every_data_set_is_written(tmp_path, monkeypatch):
     path = measure_throughput(ENTRIES, tmp_path, peak=2.0, cpu=True)
     content = json.loads(path.read_text())
     assert path == tmp_path / "throughput.json" and content["rows"] == [{"peak": 2.0}] * len(seen) and content["device"]
-    assert set(seen) == {(d, n) for d in ("cifar10", "celeba64") for n in ("ddpm", "diffusevae-form1-z-full")} and len(seen) == 4
+    large = {(d, n) for d in ("cifar10", "celeba64") for n in ("ddpm", "diffusevae-form1-z-full")} | {("celeba256", "ddpm")}
+    assert set(seen) == large and len(seen) == 5
+    asked = [e for e in ENTRIES if e.experiment in ("latent", "latent-hybrid")]
+    seen.clear()
+    measure_throughput(asked, tmp_path, cpu=True, every=True)
+    assert set(seen) == {(d, "latent") for d in ("cifar10", "celeba64", "celeba256")}  # a hybrid trains nothing
 
 
 def test_a_profile_of_an_entry_has_its_sizes_and_its_initial_weights(tmp_path, monkeypatch):
