@@ -82,7 +82,7 @@ FAULTS = [
           "test_vae.py::test_a_flow_that_diverges_ends_the_training_and_says_so"),
     Fault("a fitted prior outlives its weights", "vae.py", "if _FITTED.get(name, (None,))[0] != key:", "if name not in _FITTED:",
           "test_priors.py::test_a_prior_fitted_by_name_knows_the_codes_better_than_the_vaes_own_and_follows_the_seed"),
-    # adaptive conditioning
+    # latent diffusion and profiles
     Fault("codes clipped as if they were pixels", "latent.py", "generator=generator, clip=False)", "generator=generator, clip=True)",
           "test_latent.py::test_normal_codes_are_drawn_with_the_mean_and_deviation_that_were_measured"),
     Fault("codes not given their size back", "latent.py", "(code * self.deviation + self.mean)", "(code + self.mean)",
@@ -106,6 +106,7 @@ FAULTS = [
     Fault("a step for measuring keeps its gradients", "training.py", "        optimizer.step()\n        optimizer.zero_grad()\n",
           "        optimizer.step()\n",
           "test_training.py::test_a_step_for_measuring_trains_what_is_trained_next_to_nothing_and_sets_the_gradients_free"),
+    # adaptive conditioning
     Fault("level of the noise not told", "adaptive.py", "torch.cat([strength[:, None], *[logvar]", "torch.cat([0 * strength[:, None], *[logvar]",
           "test_adaptive.py::test_the_plan_fades_into_noise_as_the_strength_grows_and_the_level_is_told"),
     Fault("plan not scaled as noise is added", "adaptive.py", "(1 - s.square()).sqrt() * x_hat + s * noise", "x_hat + s * noise",
