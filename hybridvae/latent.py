@@ -268,8 +268,8 @@ REFINE_STEPS = (1, 2, 4)  # evaluations of the pixel U-Net after a plan of the l
 def experiments(dataset: str | None = None) -> list[Entry]:
     """The bonus stage's entries, for a data set or for all.
 
-    A VAE whose codes have a place; diffusion of its codes, and of the vectors of Stage 1's VAE, for as many images as the DDPM and for about as long;
-    hybrids whose plans are drawn by it; and, once, other weights of the KL and vectors of 512.
+    A VAE whose codes have a place; diffusion of its codes, and of the vectors of Stage 1's VAE, for as many images as the DDPM and for several times as many;
+    hybrids whose plans are drawn by it; vectors of 512; and, once, other weights of the KL and a coarser layout.
     """
     return [entry for name in SETTINGS if dataset in (None, name) for seed in PRESETS[name].get("seeds", (0, 1, 2))
             for entry in _experiments(name, PRESETS[name], SETTINGS[name], seed)]
