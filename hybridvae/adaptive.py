@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .core import PRESETS, Draws, HybridVAEError, derive_seed, to_uint8, weights_hash
+from .core import PRESETS, Draws, HybridVAEError, Source, derive_seed, image_draws, rand, randn, to_uint8, weights_hash
 from .diffusevae import LATER, OTHER_SEEDS, ROBUSTNESS_LEVELS, DiffuseVAE, condition_agreement
 from .metrics import ImageStatistics, extract, frechet_distance, precision_recall
 from .priors import FITTED, bounded_coupling, check_prior, flow_transform, start_as_identity, two_sample_test
@@ -76,7 +76,7 @@ def uncertainty(
 class Adaptation:
     """How far a refinement trusts each plan: noise on x̂, and the share of the steps that is taken, by the plan's rank among others.
 
-    Called with x̂ (B, C, H, W), z (B, D) and a number of steps, it returns the noise levels (B,) and the steps that each plan takes (B,), whole numbers on
+    Called with x̂ (B, C, H, W), z (B, D), a number of steps and a generator, which only shuffling needs, it returns the noise levels (B,) and the steps that each plan takes (B,), whole numbers on
     the CPU. Where `uncertainty` is None all plans are treated as if in the middle; where it is not, `quantiles` are needed.
     """
 
@@ -85,7 +85,7 @@ class Adaptation:
     strength: tuple = (0.0, 0.0)  # noise level of x̂: 0 none, 1 nothing but noise
     start: tuple = (1.0, 1.0)  # share of the steps, in (0, 1]: the rest is skipped, the process begins at x̂ with noise
     ramp: tuple = (0.0, 1.0)  # ranks between which both go from their first number to their second, on a line; equal: a step
-    shuffled: bool = False  # give each plan the uncertainty of another of its batch (of two or more): the control
+    shuffled: bool = False  # give each plan the rank of another draw of the prior, whatever its own: the control
     seen: list = dataclasses.field(default_factory=list)  # means of each batch, see `report`
 
     def rank(self, x_hat: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -97,9 +97,10 @@ class Adaptation:
             value = self.uncertainty(x_hat, z).float()
         return torch.searchsorted(edges, value.contiguous()).clamp(max=len(edges) - 1) / (len(edges) - 1)
 
-    def __call__(self, x_hat: torch.Tensor, z: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, x_hat: torch.Tensor, z: torch.Tensor, steps: int, generator: Source = None) -> tuple[torch.Tensor, torch.Tensor]:
         rank, (first, last) = self.rank(x_hat, z), self.ramp
-        rank = rank.roll(len(rank) // 2) if self.shuffled else rank  # plans are drawn independently: half a batch away is any other
+        if self.shuffled:  # ranks among the prior's draws are uniform, so another draw's rank is a uniform number
+            rank = (rand((len(z),), generator).to(rank) * 100).ceil() / 100  # as fine as ranks from 101 quantiles
         share = ((rank - first) / (last - first)).clamp(0, 1) if last > first else (rank > first).to(rank.dtype)
         share = share if self.uncertainty else rank  # nothing is known: all in the middle
         strength, start = (low + (high - low) * share for low, high in (self.strength, self.start))
@@ -185,7 +186,7 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
 
     @torch.no_grad()
     def refine(self, x_hat: torch.Tensor, z: torch.Tensor | None = None, *, adaptation: Adaptation | None = None, sampler: str = "dpmpp",
-               steps: int = 20, generator: torch.Generator | None = None, noise: torch.Tensor | None = None, guidance_weight: float = 1.0,
+               steps: int = 20, generator: Source = None, noise: torch.Tensor | None = None, guidance_weight: float = 1.0,
                **options) -> torch.Tensor:
         """As in `DiffuseVAE.refine`, with the trust that `adaptation` gives each plan; full trust without it.
 
@@ -194,12 +195,11 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         """
         if z is None or guidance_weight != 1:
             raise ValueError("an AdaptiveDiffuseVAE needs z, and guidance_weight=1: strength is its way to follow x̂ less")
-        device = generator.device if generator is not None else "cpu"
-        normal = lambda: torch.randn(x_hat.shape, generator=generator, device=device).to(x_hat.device)
+        normal = lambda: randn(x_hat.shape, generator).to(x_hat.device)
         noise, own = normal() if noise is None else noise, normal()  # drawn in any case: all ways to trust then share their noise
         strength, taken = z.new_zeros(len(z)), torch.full((len(z),), steps)
         if adaptation is not None:
-            strength, taken = adaptation(x_hat, z, steps)
+            strength, taken = adaptation(x_hat, z, steps, generator)
         x_cond, code, told, _ = self.conditions(x_hat, z, strength, own)
         found, sizes = torch.empty_like(x_hat), taken.unique().tolist()
         with eager() if len(sizes) > 1 else contextlib.nullcontext():  # groups of any size are not worth compiling
@@ -207,8 +207,9 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
                 these = (taken == k).nonzero()[:, 0].to(x_hat.device)
                 y, t = noise[these], torch.full((len(these),), self.diffusion.start_of(steps, k), device=x_hat.device)
                 y = y if k == steps else self.diffusion.q_sample(x_hat[these], t, y)
+                own = generator.part(these.tolist()) if isinstance(generator, Draws) else generator
                 found[these] = self.diffusion.sample(self.denoiser(x_cond[these], code[these], told[these]), y, sampler, steps,
-                                                     self.shift(x_cond[these]), generator, taken=k, **options)
+                                                     self.shift(x_cond[these]), own, taken=k, **options)
         return found.clamp(-1, 1)
 
     def uncertainty(self, name: str, data=None, seed: int = 0) -> Callable:
@@ -369,12 +370,11 @@ def compare_priors(model, m: Material) -> dict:
                      zip(*(v.split(m.batch) for v in (x, z, mu, logvar, eps)))]) * x[0].numel()
     for name in ("own", *FITTED):
         prior = vae.prior if name == "own" else vae.fitted_prior(name, m.train, m.seed)
-        generator = torch.Generator(device).manual_seed(m.seed)
         kl = log_q - torch.cat([prior.to(device).log_prob(part) for part in z.split(m.batch)])
-        drawn = prior.sample(len(heldout), torch.Generator(device).manual_seed(m.seed + 1)).cpu()
+        drawn = prior.sample(len(heldout), image_draws(m.seed + 1, 0, len(heldout))).cpu()
         coarse, refined = ImageStatistics(m.features), ImageStatistics(m.features)
-        for k in (min(m.batch, n - start) for start in range(0, n, m.batch)):
-            x_hat, images = model.sample_pairs(k, prior=prior, generator=generator, steps=m.steps)
+        for k, source in m.parts(n):
+            x_hat, images = model.sample_pairs(k, prior=prior, generator=source, steps=m.steps)
             coarse.add(to_uint8(x_hat))
             refined.add(to_uint8(images))
         distance = lambda seen: frechet_distance(seen.features, m.heldout.features)
@@ -388,8 +388,7 @@ def compare_ways(model, m: Material) -> dict:
     """The same plans, from the VAE's own prior, refined in each of `WAYS`: precision in each quarter of the uncertainty "cycle", and of each other
     uncertainty where the plan is trusted; how far three refinements of one plan lie apart, over the distance between those of different plans (0: the
     plan decides all); mean squared distance of a refinement from its x̂; on Shapes how often shape and hue are those of x̂."""
-    generator, device = torch.Generator(model.device).manual_seed(m.seed), model.device
-    z = torch.cat([model.vae.prior.sample(m.batch, generator).to(device) for _ in range(math.ceil(4 * m.n / m.batch))])[:4 * m.n]
+    z = torch.cat([model.vae.prior.sample(k, drawn).to(model.device) for k, drawn in m.parts(4 * m.n)])
     x_hat = torch.cat([model.vae.decode(part) for part in z.split(m.batch)])
     parts, heldout, found = list(zip(x_hat.split(m.batch), z.split(m.batch))), m.heldout.features[:m.n], {"n": len(z), "uncertainties": {}}
 
@@ -400,13 +399,12 @@ def compare_ways(model, m: Material) -> dict:
     for name, asked in WAYS.items():
         adaptation = model.sampling_options(asked, m.train, m.seed).get("adaptation")
 
-        def refine(images, codes, seed):
-            noise = torch.Generator(device).manual_seed(seed)
+        def refine(images, codes, other):
             return torch.cat([model.refine(a, b, adaptation=adaptation, generator=noise, steps=m.steps)
-                              for a, b in zip(images.split(m.batch), codes.split(m.batch))])
-        refined = refine(x_hat, z, m.seed + 1)
+                              for a, b, (_, noise) in zip(images.split(m.batch), codes.split(m.batch), m.parts(len(codes), other))])
+        refined = refine(x_hat, z, 1)
         features = extract(m.features, to_uint8(refined).cpu())
-        several = torch.stack([features[:m.n], *(extract(m.features, to_uint8(refine(x_hat[:m.n], z[:m.n], m.seed + 1 + i)).cpu()) for i in (1, 2))])
+        several = torch.stack([features[:m.n], *(extract(m.features, to_uint8(refine(x_hat[:m.n], z[:m.n], 1 + i)).cpu()) for i in (1, 2))])
         apart = lambda a, b: (a - b).norm(dim=1).mean().item()
         if not asked:
             found["uncertainties"] = {key: by_quarter(key, features) for key in UNCERTAINTIES}
@@ -426,17 +424,16 @@ def bear_noise(model, m: Material) -> dict:
     levels, n, doubt = ROBUSTNESS_LEVELS[::2], 4 * m.n, model.sampling_options(WAYS["adaptive strength"], m.train, m.seed)["adaptation"]
     found = {"n": n, "levels": list(levels), "on x̂": {"trusted": [], "told": [], "doubted": []}, "on z": {"trusted": [], "doubted": []}}
     for where, how, level in ((where, how, level) for where in ("on x̂", "on z") for how in found[where] for level in levels):
-        generator, other = (torch.Generator(model.device).manual_seed(s) for s in (m.seed, m.seed + 1))
-        normal = lambda like: level * torch.randn(like.shape, generator=other, device=model.device)
         s = level / math.sqrt(1 + level**2)  # the noise that `refine` then adds is as large, beside x̂, as that which is added here otherwise
         adaptation = {"trusted": None, "told": Adaptation(strength=(s, s)), "doubted": doubt}[how]
         seen = ImageStatistics(m.features)
-        for k in (min(m.batch, n - start) for start in range(0, n, m.batch)):
-            z = model.vae.prior.sample(k, generator).to(model.device)
+        for (k, drawn), (_, other) in zip(m.parts(n), m.parts(n, other=1)):
+            normal = lambda like: level * randn(like.shape, other).to(like.device)
+            z = model.vae.prior.sample(k, drawn).to(model.device)
             z = z + normal(z) if where == "on z" else z
             x_hat = model.vae.decode(z)
             x_hat = x_hat + normal(x_hat) if where == "on x̂" and how != "told" else x_hat
-            seen.add(to_uint8(model.refine(x_hat, z, adaptation=adaptation, generator=generator, steps=m.steps)))
+            seen.add(to_uint8(model.refine(x_hat, z, adaptation=adaptation, generator=drawn, steps=m.steps)))
         found[where][how].append(frechet_distance(seen.features, m.heldout.features))
     return found
 
@@ -445,21 +442,22 @@ def bear_noise(model, m: Material) -> dict:
 def throw_away(model, m: Material) -> dict:
     """What if doubtful plans are thrown away and drawn again? Distance, precision and recall of refinements of the most certain share of plans by "cycle",
     trusted in full; always the same number of images."""
-    generator, doubt, n = torch.Generator(model.device).manual_seed(m.seed), model.adaptation("cycle"), 4 * m.n
+    doubt, n = model.adaptation("cycle"), 4 * m.n
     k = min(n, len(m.heldout.features))  # precision and recall need sets of equal size
     found = {"n": n, "n precision": k}
     for share in (1.0, 0.75, 0.5, 0.25):
         plans, codes = [], []
         while sum(map(len, codes)) < n:
-            z = model.vae.prior.sample(m.batch, generator).to(model.device)
+            first = m.batch * len(codes)
+            z = model.vae.prior.sample(m.batch, image_draws(m.seed, first, first + m.batch)).to(model.device)
             x_hat = model.vae.decode(z)
             kept = doubt.rank(x_hat, z) <= share
             plans.append(x_hat[kept])
             codes.append(z[kept])
         parts = zip(torch.cat(plans)[:n].split(m.batch), torch.cat(codes)[:n].split(m.batch))
         seen = ImageStatistics(m.features)
-        for x_hat, z in parts:
-            seen.add(to_uint8(model.refine(x_hat, z, generator=generator, steps=m.steps)))
+        for (x_hat, z), (_, noise) in zip(parts, m.parts(n, other=1)):
+            seen.add(to_uint8(model.refine(x_hat, z, generator=noise, steps=m.steps)))
         found[f"{share:g}"] = {"FD": frechet_distance(seen.features, m.heldout.features), **precision_recall(seen.features[:k], m.heldout.features[:k])}
     return found
 

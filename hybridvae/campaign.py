@@ -24,7 +24,7 @@ import torch
 
 import hybridvae
 from .core import HybridVAEError, build_model, count_parameters, default_device, derive_seed, provenance, write_json
-from .metrics import Profile, count_flops, profile_model
+from .metrics import Profile, profile_model
 from .runs import Clock, Entry, record_roots, recorded, run_entry
 from .training import TrainConfig, compile_networks, latest_checkpoint, training_step
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName', 'Sampler', 'Steps', 'Guidance', 'Seed', 'Batch', 'Grid',
-           'PRESETS_BY_SIZE', 'PICTURES', 'ARRAYS', 'STUDY', 'REPORTED_STUDIES', 'KINDS', 'data', 'run', 'train_model',
-           'train', 'load_generator', 'write_images', 'sample', 'image_files', 'read_images', 'reconstruct',
-           'interpolate', 'evaluate', 'campaign', 'profile', 'read_bibliography', 'short_reference',
-           'resolve_references', 'render_report', 'report', 'main']
+           'Precision', 'Compile', 'PRESETS_BY_SIZE', 'PICTURES', 'ARRAYS', 'STUDY', 'REPORTED_STUDIES', 'KINDS',
+           'data', 'run', 'train_model', 'train', 'load_generator', 'write_images', 'sample', 'image_files',
+           'read_images', 'reconstruct', 'interpolate', 'evaluate', 'campaign', 'profile', 'read_bibliography',
+           'short_reference', 'resolve_references', 'render_report', 'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #cell-002
 import contextlib
@@ -44,8 +44,36 @@ Sampler = Annotated[SamplerName, typer.Option(help="of diffusion models; a VAE h
 Steps = Annotated[int, typer.Option(help="evaluations of the network for an image, 1 to 1000")]
 Guidance = Annotated[float, typer.Option(help="of models trained with cond_dropout: 1 none, above 1 follows x̂ more closely")]
 Seed = Annotated[int, typer.Option(min=0, help="of all that is drawn at random: the same seed gives the same images")]
-Batch = Annotated[int, typer.Option(min=1, help="images at a time: fewer need less memory; it is part of what is drawn")]
+Batch = Annotated[int, typer.Option(min=1, help="images at a time: fewer need less memory; the images are the same")]
 Grid = Annotated[Path, typer.Option(help="the picture to write, .png or .jpg")]
+
+
+def _sets(variable: str):
+    "A callback that sets an environment variable to an option's value, as long as the command runs."
+    def callback(ctx: typer.Context, value: str) -> str:
+        before, os.environ[variable] = os.environ.get(variable), value
+
+        def restore() -> None:
+            os.environ.pop(variable)
+            if before is not None:
+                os.environ[variable] = before
+        ctx.call_on_close(restore)
+        return value
+    return callback
+
+
+Precision = Annotated[Literal["auto", "bf16", "fp32"], typer.Option(envvar="HYBRIDVAE_PRECISION", callback=_sets("HYBRIDVAE_PRECISION"),
+                      help="of the networks; auto: bf16 where the hardware is fast at it. Metrics are always in full precision")]
+Compile = Annotated[Literal["auto", "on", "off"], typer.Option("--compile", envvar="HYBRIDVAE_COMPILE", callback=_sets("HYBRIDVAE_COMPILE"),
+                    help="compile the networks; auto: where the work ahead is long enough and a compiler works")]
+
+
+def _say_how(device) -> None:
+    "Print the precision in which networks run, and on what."
+    from hybridvae.core import device_name
+    from hybridvae.training import choose_precision
+
+    print(f"computing in {choose_precision(device)} on {device_name(device)}")
 
 
 def _refuse(ctx: typer.Context, options: Iterable[str], what: str, remedy: str = "leave it out") -> None:
@@ -109,6 +137,8 @@ def run(
     runs: Runs = Path("runs"),
     minutes: Minutes = None,
     cpu: Cpu = False,
+    precision: Precision = "auto",
+    compile_: Compile = "auto",
 ):
     "Train and evaluate experiments, after those they depend on. Without --experiment, list them."
     from hybridvae.runs import Clock, find_entry, run_entry
@@ -179,7 +209,7 @@ def train_model(
     minutes: float | None = None,  # stop, to be continued, after this long
     cpu: bool = False,  # no GPU
 ) -> bool:
-    """Train a model in a folder of its own, or continue; whether it is finished.
+    """Train a model in a folder of its own, or continue; whether it is finished. What is finished stays as it is.
 
     Writes `training.json` first, `model.safetensors` and `samples.png` at the end. Raises `HybridVAEError` where the folder holds
     the training of another model, or on other images.
@@ -187,14 +217,14 @@ def train_model(
     import dataclasses
     import json
 
-    import torch
-    from hybridvae.core import HybridVAEError, default_device, provenance, save_grid, save_model, weights_hash, write_json
+    from hybridvae.core import HybridVAEError, image_draws, load_model, provenance, save_grid, save_model, weights_hash, write_json
     from hybridvae.data import Batches
     from hybridvae.training import TrainConfig, autocast, eager, train
 
-    config, note = TrainConfig(**settings), out / "training.json"
+    config, note, known = TrainConfig(**settings), out / "training.json", {}
     asked = {"model": model.config, "train": dataclasses.asdict(config), "seed": seed, "dataset": images[0].name,
-             "data": images[0].description, "vae": weights_hash(model.vae) if hasattr(model, "vae") else None}
+             "data": images[0].description, "data_hash": images[0].fingerprint,
+             "vae": weights_hash(model.vae) if hasattr(model, "vae") else None}
     try:
         known = json.loads(note.read_text())
         same = {key: known.get(key) for key in asked} == json.loads(json.dumps(asked))
@@ -204,19 +234,21 @@ def train_model(
         same = False
     if not same:
         raise HybridVAEError(f"{out} holds another training, with other options or images: choose another folder or remove it.")
+    if "weights_hash" in known and (out / "model.safetensors").exists():
+        model.load_state_dict(load_model(out / "model.safetensors").state_dict())
+        return True
     Batches(images[0].first(1), config.batch_size, seed, n_slices=config.n_slices)  # a batch that cannot be cut is refused here
     write_json(note, asked)
-    compiled = default_device(cpu).type == "cuda"
-    result = train(model, images[0], config, out, seed, images[1], minutes, cpu=cpu, compile=compiled)
+    result = train(model, images[0], config, out, seed, images[1], minutes, cpu=cpu)
     if not result.finished:
         return False
     save_model(model, out / "model.safetensors")
     with eager(), autocast(model.device):
-        shown = model.showcase(20, torch.Generator(model.device).manual_seed(seed), sampler="dpmpp", steps=20)
+        shown = model.showcase(20, image_draws(seed, 0, 20), sampler="dpmpp", steps=20)
     for name, pictures in shown.items():
         save_grid(pictures, out / f"samples{name and f'-{name}'}.png", columns=10)
     write_json(note, asked | {"kimg": result.step * config.batch_size / 1000, "train_seconds": result.seconds, "precision": result.precision,
-                              "compiled": compiled, "peak_memory_bytes": result.peak_memory_bytes, "weights_hash": weights_hash(model),
+                              "compiled": result.compiled, "parts": result.parts, "peak_memory_bytes": result.peak_memory_bytes, "weights_hash": weights_hash(model),
                               "history": result.history, **provenance(model.device)})
     return True
 
@@ -240,9 +272,11 @@ def train(
     out: Annotated[Path | None, typer.Option(help="folder for all that is made; usually DATASET-MODEL")] = None,
     minutes: Minutes = None,
     cpu: Cpu = False,
+    precision: Precision = "auto",
+    compile_: Compile = "auto",
 ):
     "Train one model on a prepared data set, or continue."
-    from hybridvae.core import count_parameters
+    from hybridvae.core import count_parameters, default_device
     from hybridvae.data import load_data
     from hybridvae.runs import Clock
 
@@ -253,6 +287,7 @@ def train(
         _refuse(ctx, ("preset",), "--small")
     images = load_data(dataset, "train"), load_data(dataset, "test")
     sizes = _preset("shapes" if small else preset, dataset, images[0].image_size)
+    _say_how(default_device(cpu))
     changes = {name: value for name, value in (("kimg", kimg), ("batch_size", batch_size), ("lr", lr)) if value is not None}
     unet = {"unet": sizes["unet"], "diffusion": sizes["diffusion"]}
 
@@ -315,6 +350,13 @@ def load_generator(weights: str, cpu: bool = False):
     if not hasattr(model, "sample"):
         raise HybridVAEError(f"{weights} holds a {type(model).__name__}, which draws no images: give the weights of a generator.")
     return model.to(default_device(cpu), memory_format=torch.channels_last)
+
+
+def _ready(weights: str, cpu: bool):
+    "As `load_generator`, after saying in which precision it will work."
+    model = load_generator(weights, cpu)
+    _say_how(model.device)
+    return model
 
 
 @contextlib.contextmanager
@@ -399,17 +441,16 @@ def write_images(batches: Iterable, n: int, out: Path, columns: int | None = Non
     return out
 
 # %% ../nbs/91_cli.ipynb #cell-019
-def _batches(model, n: int, batch: int, seed: int, options: dict) -> Iterator:
-    "n samples, batch by batch: uint8 (B, 3, H, W) on the CPU."
-    import torch
-    from hybridvae.core import to_uint8
+def _batches(model, n: int, batch: int, seed: int, options: dict, first: int = 0) -> Iterator:
+    "Samples first ... first + n - 1 of a seed, batch by batch: uint8 (B, 3, H, W) on the CPU."
+    from hybridvae.core import image_draws, to_uint8
     from hybridvae.training import autocast
     from tqdm import tqdm
 
-    generator = torch.Generator(model.device).manual_seed(seed)
-    for start in tqdm(range(0, n, batch), desc=f"{n:,} images", unit="batch", disable=None):
+    for start in tqdm(range(first, first + n, batch), desc=f"{n:,} images", unit="batch", disable=None):
+        stop = min(start + batch, first + n)
         with _in_a_sentence(), autocast(model.device):
-            images = model.sample(min(batch, n - start), generator=generator, **options)
+            images = model.sample(stop - start, generator=image_draws(seed, start, stop), **options)
         yield to_uint8(images).cpu()
 
 
@@ -426,9 +467,11 @@ def sample(
     prior: Annotated[Literal["ex-pde", "mog", "vamp", "realnvp", "maf"] | None, typer.Option(help="draw codes from a prior fitted to those of --dataset: a mixture (ex-pde, mog), a VampPrior, a flow (realnvp, maf)")] = None,
     dataset: Annotated[str, typer.Option(help="whose training images --prior is fitted to")] = "",
     seed: Seed = 0,
+    first: Annotated[int, typer.Option(min=0, help="number of the first image of the seed: several machines can share a set")] = 0,
     batch: Batch = 100,
     out: Annotated[Path, typer.Option(help="x.png or x.jpg: a grid; x.npz: an array; else a folder of PNG files")] = Path("samples.png"),
     cpu: Cpu = False,
+    precision: Precision = "auto",
 ):
     "Draw new images from trained weights."
     from hybridvae.core import HybridVAEError
@@ -436,7 +479,7 @@ def sample(
     _check_target(out, grid_only=False)
     if bool(prior) != bool(dataset):
         raise HybridVAEError("--prior and --dataset go together: give both, or neither.")
-    model = load_generator(weights, cpu)
+    model = _ready(weights, cpu)
     options = _sampling(model, sampler, steps, guidance_weight)
     if refine_steps is not None:
         if not (hasattr(model, "latent") and hasattr(model, "refine")):
@@ -444,7 +487,7 @@ def sample(
         options["refine_steps"] = refine_steps
     if prior:
         options["prior"] = _fitted(model, prior, dataset, seed)
-    print(f"{n:,} images in {write_images(_batches(model, n, batch, seed, options), n, out)}")
+    print(f"{n:,} images in {write_images(_batches(model, n, batch, seed, options, first), n, out)}")
 
 
 def _fitted(model, prior: str, dataset: str, seed: int):
@@ -530,22 +573,22 @@ def reconstruct(
     seed: Seed = 0,
     out: Grid = Path("reconstructions.png"),
     cpu: Cpu = False,
+    precision: Precision = "auto",
 ):
     "Encode images and decode them again. Rows: image, x̂, and its refinement."
     import torch
-    from hybridvae.core import HybridVAEError, to_float
+    from hybridvae.core import HybridVAEError, image_draws, to_float
     from hybridvae.training import autocast
 
     _check_target(out)
     if bool(images) == bool(dataset):
         raise HybridVAEError("the images to reconstruct come from --images or from --dataset: give one of the two.")
-    model = load_generator(weights, cpu)
+    model = _ready(weights, cpu)
     vae, options, size = _code_of(model), _sampling(model, sampler, steps, guidance_weight), model.image_shape[-1]
     real = read_images(image_files(images)[:n], size) if images else _data_for(model, dataset, "test").first(n).tensor()
     x = to_float(real.permute(0, 2, 3, 1)).to(model.device)
     with _in_a_sentence(), torch.no_grad(), autocast(model.device):
-        generator = torch.Generator(model.device).manual_seed(seed)
-        rows = model.reconstruct(x, generator=generator, **options) if hasattr(model, "refine") else [vae.reconstruct(x)]
+        rows = model.reconstruct(x, generator=image_draws(seed, 0, len(x)), **options) if hasattr(model, "refine") else [vae.reconstruct(x)]
     print(f"{len(x)} images, in rows: image, x̂{', refinement' if hasattr(model, 'refine') else ''}; in {_write_rows([real, *rows], out)}")
 
 # %% ../nbs/91_cli.ipynb #cell-023
@@ -565,6 +608,7 @@ def interpolate(
     seed: Annotated[int, typer.Option(min=0, help="of what is held fixed")] = 0,
     out: Grid = Path("interpolation.png"),
     cpu: Cpu = False,
+    precision: Precision = "auto",
 ):
     "Walk from one code, or one noise, to another. Rows: x̂, and its refinement."
     import torch
@@ -577,7 +621,7 @@ def interpolate(
         _refuse(ctx, ("seeds",), "--images")
     if vary == "noise":
         _refuse(ctx, ("images",), "--vary noise")
-    model = load_generator(weights, cpu)
+    model = _ready(weights, cpu)
     vae, options, refines = _code_of(model), _sampling(model, sampler, steps, guidance_weight), hasattr(model, "refine")
     prior = getattr(model, "latent", vae.prior)  # codes of latent diffusion come from its process
     if model is vae and vary == "noise":
@@ -667,6 +711,7 @@ def evaluate(
     batch: Batch = 250,
     json: Annotated[Path | None, typer.Option(help="write all of it to this file, too")] = None,
     cpu: Cpu = False,
+    precision: Precision = "auto",
 ):
     "Measure a model, or given images, against a data set."
     from hybridvae.core import HybridVAEError, atomic_path, default_device
@@ -677,7 +722,7 @@ def evaluate(
     if json is not None and json.is_dir():
         raise HybridVAEError(f"{json} is a folder: give the name of a file.")
     if weights:
-        model = load_generator(weights, cpu)
+        model = _ready(weights, cpu)
         test = _data_for(model, dataset, "test")
         asked = _sampling(model, sampler, steps, guidance_weight) if hasattr(model, "diffusion") else {"sampler": None, "steps": 1}
         made = None
@@ -770,6 +815,8 @@ def campaign(
     peak: Annotated[float | None, typer.Option(min=0, help="of the device in TFLOPS, for --throughput to give the share of it")] = None,
     runs: Runs = Path("runs"),
     cpu: Cpu = False,
+    precision: Precision = "auto",
+    compile_: Compile = "auto",
 ):
     "Run all experiments that are not recorded yet."
     from hybridvae.campaign import queue, run_campaign
@@ -997,6 +1044,8 @@ def render_report(runs: Path) -> Path:
 def report(
     runs: Runs = Path("runs"),
     cpu: Cpu = False,
+    precision: Precision = "auto",
+    compile_: Compile = "auto",
 ):
     "Run the baseline study on Shapes and write its report."
     import dataclasses

@@ -14,7 +14,7 @@ import math
 import numpy as np
 import torch
 
-from .core import PRESETS, Draws, HybridVAEError, Model, to_float, to_uint8
+from .core import PRESETS, Draws, HybridVAEError, Model, Source, image_draws, randn, to_float, to_uint8
 from .data import ImageData
 from .diffusion import GaussianDiffusion
 from .features import FeatureNetwork, hue_difference
@@ -107,7 +107,7 @@ class DiffuseVAE(Model):
 
     @torch.no_grad()
     def refine(self, x_hat: torch.Tensor, z: torch.Tensor | None = None, *, sampler: str = "dpmpp", steps: int = 20,
-               generator: torch.Generator | None = None, noise: torch.Tensor | None = None, guidance_weight: float = 1.0,
+               generator: Source = None, noise: torch.Tensor | None = None, guidance_weight: float = 1.0,
                **options) -> torch.Tensor:
         """Refinements in [-1, 1] of coarse images x̂ (B, C, H, W) with codes z (B, z_dim); options as in `GaussianDiffusion.sample`.
 
@@ -117,8 +117,7 @@ class DiffuseVAE(Model):
             raise ValueError("z is None, but this model has z_guidance: give the codes of the coarse images")
         z = x_hat.new_zeros(len(x_hat), self.vae.z_dim) if z is None else z
         if noise is None:
-            device = generator.device if generator is not None else "cpu"
-            noise = torch.randn(x_hat.shape, generator=generator, device=device).to(x_hat.device)
+            noise = randn(x_hat.shape, generator).to(x_hat.device)
         return self.diffusion.sample(self.guided(x_hat, z, guidance_weight), noise, sampler, steps, self.shift(x_hat),
                                      generator, **options).clamp(-1, 1)
 
@@ -129,7 +128,7 @@ class DiffuseVAE(Model):
         x_hat = self.vae.decode(z)
         return x_hat, self.refine(x_hat, z, **options)
 
-    def sample(self, n: int, *, sampler: str = "dpmpp", steps: int = 20, generator: torch.Generator | None = None,
+    def sample(self, n: int, *, sampler: str = "dpmpp", steps: int = 20, generator: Source = None,
                **options) -> torch.Tensor:
         "n images (n, C, H, W) in [-1, 1]; options as in `sample_pairs`."
         return self.sample_pairs(n, sampler=sampler, steps=steps, generator=generator, **options)[1]
@@ -159,7 +158,7 @@ class DiffuseVAE(Model):
         "As in `VAE.sampling_options`."
         return self.vae.sampling_options(options, data, seed)
 
-    def showcase(self, n: int, generator: torch.Generator, **options) -> dict[str, torch.Tensor]:
+    def showcase(self, n: int, generator: Source, **options) -> dict[str, torch.Tensor]:
         "n refined samples; and rows of √n: coarse images, and below them their refinements."
         side = math.isqrt(n)
         rows = side // 2
@@ -223,8 +222,7 @@ def condition_agreement(x_hat: torch.Tensor, refined: torch.Tensor, features: Fe
 # %% ../nbs/01_diffusevae.ipynb #cell-047
 @study("condition_agreement")
 def _condition_agreement(model, m: Material) -> dict:
-    generator = torch.Generator(model.device).manual_seed(m.seed)
-    pairs = [model.sample_pairs(k, generator=generator, steps=m.steps) for k in m.parts]
+    pairs = [model.sample_pairs(k, generator=drawn, steps=m.steps) for k, drawn in m.parts()]
     return condition_agreement(*(torch.cat(part) for part in zip(*pairs)), m.features)
 
 
@@ -234,21 +232,21 @@ def prior_gap(model, m: Material) -> dict:
 
     How good is the refinement where the plan is good, and what does the prior cost?
     """
-    generator, draws = torch.Generator(model.device).manual_seed(m.seed), Draws(m.seed, 0, device=model.device)
+    draws = Draws(m.seed, 0, device=model.device)
     priors = {"of real images": None, "from the prior": model.vae.prior,
               "from ex-PDE": model.sampling_options({"prior": "ex-pde"}, m.train, m.seed)["prior"]}
     found = {"n": m.n}
     real = m.train.first(m.n).float().split(m.batch)
     for name, prior in priors.items():
         coarse, refined = ImageStatistics(m.features), ImageStatistics(m.features)
-        for i, k in enumerate(m.parts):
+        for i, (k, drawn) in enumerate(m.parts()):
             if prior is None:
                 x_hat, z = model.condition(real[i].to(model.device), draws)
             else:
-                z = prior.sample(k, generator).to(model.device)
+                z = prior.sample(k, drawn).to(model.device)
                 x_hat = model.vae.decode(z)
             coarse.add(to_uint8(x_hat))
-            refined.add(to_uint8(model.refine(x_hat, z, generator=generator, steps=m.steps)))
+            refined.add(to_uint8(model.refine(x_hat, z, generator=drawn, steps=m.steps)))
         for what, seen in (("x̂", coarse), ("refined x̂", refined)):
             found[f"{what} {name}"] = frechet_distance(seen.features, m.heldout.features)
     return found
@@ -263,15 +261,14 @@ def robustness(model, m: Material) -> dict:
     found = {"n": m.n, "levels": list(ROBUSTNESS_LEVELS), "noise on x̂": [], "noise on z": []}
     for where in ("x̂", "z"):
         for level in ROBUSTNESS_LEVELS:
-            generator, other = (torch.Generator(model.device).manual_seed(s) for s in (m.seed, m.seed + 1))
             seen = ImageStatistics(m.features)
-            normal = lambda like: torch.randn(like.shape, generator=other, device=model.device)  # z and the sampler's noise stay the same
-            for k in m.parts:
-                z = model.vae.prior.sample(k, generator).to(model.device)
+            for (k, drawn), (_, other) in zip(m.parts(), m.parts(other=1)):  # z and the sampler's noise stay the same
+                normal = lambda like: randn(like.shape, other).to(like.device)
+                z = model.vae.prior.sample(k, drawn).to(model.device)
                 z = z + level * normal(z) if where == "z" else z
                 x_hat = model.vae.decode(z)
                 x_hat = x_hat + level * normal(x_hat) if where == "x̂" else x_hat
-                seen.add(to_uint8(model.refine(x_hat, z, generator=generator, steps=m.steps)))
+                seen.add(to_uint8(model.refine(x_hat, z, generator=drawn, steps=m.steps)))
             found[f"noise on {where}"].append(frechet_distance(seen.features, m.heldout.features))
     return found
 
@@ -280,7 +277,7 @@ def robustness(model, m: Material) -> dict:
 def code_path_length(model, m: Material) -> dict:
     "Perceptual path length of x̂ and, with the noise held fixed, of its refinement (Karras et al. 2019)."
     vae = getattr(model, "vae", model)
-    a, b = (vae.prior.sample(m.n, torch.Generator().manual_seed(s)) for s in (m.seed, m.seed + 1))
+    a, b = (vae.prior.sample(m.n, image_draws(s, 0, m.n)) for s in (m.seed, m.seed + 1))
     found = {"n": m.n, "x̂": path_length(lambda z: vae.decode(z.to(vae.device)), a, b, m.features, batch_size=m.batch)}
     if model is not vae:
         noise = torch.randn(1, *model.image_shape, generator=torch.Generator().manual_seed(m.seed)).to(model.device)

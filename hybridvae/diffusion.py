@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from .core import Source, randn
+
 # %% ../nbs/00e_diffusion.ipynb #cell-006
 def linear_betas(timesteps: int = 1000) -> np.ndarray:
     "β_t from 1e-4 to 0.02 for T = 1000 (Ho et al. 2020, section 4), scaled by 1000/T otherwise; float64 (T,)."
@@ -166,7 +168,7 @@ class GaussianDiffusion:
         sampler: str = "dpmpp",  # "ancestral", "ddim" or "dpmpp"
         steps: int = 20,  # network evaluations
         shift: torch.Tensor | None = None,  # x̂ in form 2
-        generator: torch.Generator | None = None,  # of the noise that ancestral sampling and η > 0 add
+        generator: Source = None,  # of the noise that ancestral sampling and η > 0 add
         eta: float = 0.0,  # of DDIM: 0 deterministic, 1 as noisy as ancestral sampling
         variance: str = "small",  # of ancestral sampling: "small" is the posterior's, "large" is β
         clip: bool = True,  # clip each predicted x₀ to [-1, 1]
@@ -195,29 +197,25 @@ class GaussianDiffusion:
 
 # %% ../nbs/00e_diffusion.ipynb #cell-018
 def ancestral_step(diffusion: GaussianDiffusion, x0: torch.Tensor, y: torch.Tensor, t: int, s: int,
-                   generator: torch.Generator | None = None, variance: str = "small") -> torch.Tensor:
+                   generator: Source = None, variance: str = "small") -> torch.Tensor:
     "y_s ~ q(y_s | y_t, x₀) (Ho et al. 2020, algorithm 2); variance is the posterior's, or the larger β."
     mean, var = diffusion.posterior(x0, y, t, s)
     if s < 0:
         return mean  # the last step adds no noise
     if variance == "large":
         var = 1 - diffusion.alpha_bar(t) / diffusion.alpha_bar(s)  # β between the two timesteps
-    return mean + np.sqrt(var) * _randn_like(y, generator)
+    return mean + np.sqrt(var) * randn(y.shape, generator, y.dtype).to(y.device)
 
-
-def _randn_like(y: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    device = y.device if generator is None else generator.device
-    return torch.randn(y.shape, generator=generator, device=device, dtype=y.dtype).to(y.device)
 
 # %% ../nbs/00e_diffusion.ipynb #cell-020
 def ddim_step(diffusion: GaussianDiffusion, x0: torch.Tensor, y: torch.Tensor, t: int, s: int,
-              generator: torch.Generator | None = None, eta: float = 0.0) -> torch.Tensor:
+              generator: Source = None, eta: float = 0.0) -> torch.Tensor:
     "√ᾱ_s x₀ + √(1-ᾱ_s-σ²) ε + σ noise (Song et al. 2021, equation 12; σ by equation 16)."
     now, then = diffusion.alpha_bar(t), diffusion.alpha_bar(s)
     eps = (y - np.sqrt(now) * x0) / np.sqrt(1 - now)
     sigma = eta * np.sqrt((1 - then) / (1 - now) * (1 - now / then))
     y = np.sqrt(then) * x0 + np.sqrt(max(1 - then - sigma**2, 0.0)) * eps
-    return y + sigma * _randn_like(y, generator) if sigma > 0 else y
+    return y + sigma * randn(y.shape, generator, y.dtype).to(y.device) if sigma > 0 else y
 
 # %% ../nbs/00e_diffusion.ipynb #cell-022
 def dpmpp_step(diffusion: GaussianDiffusion, x0: torch.Tensor, y: torch.Tensor, t: int, s: int,

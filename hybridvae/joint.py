@@ -17,6 +17,7 @@ from .core import PRESETS, Draws, Model
 from .diffusevae import LATER, OTHER_SEEDS, DiffuseVAE
 from .diffusion import WEIGHTINGS, GaussianDiffusion
 from .runs import Entry
+from .training import POINTS
 from .vae import reparameterize
 
 # %% ../nbs/02_joint_training.ipynb #cell-006
@@ -210,7 +211,7 @@ class JointDiffuseVAE(DiffuseVAE):
 
         That is when fewer than a tenth of its dimensions are active, or x̂ explains less than a tenth of the images' variance.
         """
-        late = [{k: p.get(f"heldout_{k}", p[k]) for k in ("active_units", "explained")} for p in history[5:][-2:]]  # of 25 points
+        late = [{k: p.get(f"heldout_{k}", p[k]) for k in ("active_units", "explained")} for p in history[POINTS // 5:][-2:]]
         for key, least in (("active_units", 0.1 * self.vae.z_dim), ("explained", 0.1)):
             if len(late) == 2 and all(p[key] < least for p in late):
                 return f"collapse at {history[-1]['kimg']:g} kimg: {key} {late[-1][key]:.3g}, less than {least:.3g}"

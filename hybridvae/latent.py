@@ -14,10 +14,11 @@ import statistics
 import torch
 from torch import nn
 
-from .core import PRESETS, Draws, HybridVAEError, Model, build_model, to_float, to_uint8
+from .core import (PRESETS, Draws, HybridVAEError, Model, Source, build_model, count_flops, image_draws, randn, to_float,
+                            to_uint8)
 from .diffusevae import LATER, OTHER_SEEDS, DiffuseVAE, protocol
 from .diffusion import GaussianDiffusion
-from .metrics import ImageStatistics, count_flops, frechet_distance, measure
+from .metrics import ImageStatistics, frechet_distance, measure
 from .priors import two_sample_test
 from .runs import Entry, Material, study
 from .unet import UNet, timestep_embedding, zeroed
@@ -90,14 +91,13 @@ class DiffusionPrior(nn.Module):
         t = draws.randint(self.diffusion.timesteps, len(z))
         return self.diffusion.loss(self.denoiser, code, t, draws.randn(*code.shape))
 
-    def sample(self, n: int, generator: torch.Generator | None = None, **options) -> torch.Tensor:
+    def sample(self, n: int, generator: Source = None, **options) -> torch.Tensor:
         "n codes (n, D), on the generator's device; options as in `from_noise`."
-        device = generator.device if generator is not None else "cpu"
-        noise = torch.randn(n, *self.code_shape, generator=generator, device=device).to(self.mean.device)
-        return self.from_noise(noise, generator, **options).to(device)
+        noise = randn((n, *self.code_shape), generator)
+        return self.from_noise(noise.to(self.mean.device), generator, **options).to(noise.device)
 
     @torch.no_grad()
-    def from_noise(self, noise: torch.Tensor, generator: torch.Generator | None = None, *, sampler: str | None = None, steps: int | None = None) -> torch.Tensor:
+    def from_noise(self, noise: torch.Tensor, generator: Source = None, *, sampler: str | None = None, steps: int | None = None) -> torch.Tensor:
         "The codes (B, D) that the reverse process makes of noise (B, *code_shape)."
         code = self.diffusion.sample(self.denoiser, noise, sampler or self.sampler, steps or self.steps, generator=generator, clip=False)
         return (code * self.deviation + self.mean).flatten(1)
@@ -141,7 +141,7 @@ class LatentDiffusion(Model):
         return {"loss": loss, "loss_per_image": loss.detach() * z.shape[1]}
 
     @torch.no_grad()
-    def sample(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, generator: Source = None) -> torch.Tensor:
         "n images (n, C, H, W) in [-1, 1]; of codes from another `prior`, which needs no steps, if one is given."
         return self.vae.decode(_codes(self.latent, n, prior, sampler, steps, generator).to(self.device)).clamp(-1, 1)
 
@@ -158,7 +158,7 @@ class LatentDiffusion(Model):
         return [self.latent.denoiser, *self.vae.networks()]
 
 
-def _codes(latent: DiffusionPrior, n: int, prior, sampler: str, steps: int, generator: torch.Generator | None) -> torch.Tensor:
+def _codes(latent: DiffusionPrior, n: int, prior, sampler: str, steps: int, generator: Source) -> torch.Tensor:
     "n codes, of the diffusion or of another prior."
     return latent.sample(n, generator, sampler=sampler, steps=steps) if prior is None else prior.sample(n, generator)
 
@@ -190,19 +190,19 @@ class LatentDiffuseVAE(DiffuseVAE):
 
     @torch.no_grad()
     def refine(self, x_hat: torch.Tensor, z: torch.Tensor | None = None, *, steps: int = 4, start: float = 0.4, noise: torch.Tensor | None = None,
-               generator: torch.Generator | None = None, **options) -> torch.Tensor:
+               generator: Source = None, **options) -> torch.Tensor:
         """As in `DiffuseVAE.refine`, but only the last share `start` of the process is run, in so many steps, from x̂ with the noise of the timestep where
         it begins (Meng et al. 2022). 0 steps: x̂ itself. Raises `ValueError` as `GaussianDiffusion.timestep_grid` does."""
         if not steps:
             return x_hat.clamp(-1, 1)
-        device, first = generator.device if generator is not None else "cpu", self.diffusion.timestep_grid(steps, start)[0]
-        noise = torch.randn(x_hat.shape, generator=generator, device=device).to(x_hat.device) if noise is None else noise
+        first = self.diffusion.timestep_grid(steps, start)[0]
+        noise = randn(x_hat.shape, generator).to(x_hat.device) if noise is None else noise
         if start < 1:
             noise = self.diffusion.q_sample(x_hat, torch.full((len(x_hat),), first, device=x_hat.device), noise)
         return super().refine(x_hat, z, steps=steps, start=start, noise=noise, generator=generator, **options)
 
     @torch.no_grad()
-    def sample_pairs(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, refine_steps: int = 4, generator: torch.Generator | None = None,
+    def sample_pairs(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, refine_steps: int = 4, generator: Source = None,
                      **options) -> tuple[torch.Tensor, torch.Tensor]:
         "n plans and their refinements; z from another `prior` if one is given, which needs no steps. Options as in `refine`."
         z = _codes(self.latent, n, prior, sampler, steps, generator).to(self.device)
@@ -219,15 +219,15 @@ def reconstruction_ceiling(model, m: Material) -> dict:
     """What no model of these codes can pass: metrics against the held-out images of the first n training images themselves, of what the VAE makes of
     them from the mean and from a drawn code, and, where there is a refiner, of its refinement of the latter."""
     vae, draws = getattr(model, "vae", model), Draws(m.seed, 0, device=model.device)
-    generator = torch.Generator(model.device).manual_seed(m.seed)
-    seen = {name: ImageStatistics(m.features) for name in ("images", "mean code", "drawn code", *["refined"] * hasattr(model, "refine"))}
+    seen, first = {name: ImageStatistics(m.features) for name in ("images", "mean code", "drawn code", *["refined"] * hasattr(model, "refine"))}, 0
     for images in m.train.first(min(m.n, len(m.train))).batches(m.batch):
         x = to_float(images.permute(0, 2, 3, 1).to(model.device))
         mu, logvar = vae.encode(x)
         z = reparameterize(mu, logvar, draws.randn(*mu.shape))
         x_hat = vae.decode(z)
         found = {"images": x, "mean code": vae.decode(mu), "drawn code": x_hat}
-        found |= {"refined": model.refine(x_hat, z, generator=generator)} if "refined" in seen else {}
+        found |= {"refined": model.refine(x_hat, z, generator=image_draws(m.seed, first, first + len(x)))} if "refined" in seen else {}
+        first += len(x)
         for name, made in found.items():
             seen[name].add(to_uint8(made))
     return {"n": len(seen["images"]), **{name: measure(part, m.heldout) for name, part in seen.items()}}
@@ -241,8 +241,8 @@ def compare_code_priors(model, m: Material) -> dict:
     fitted = {name: vae.fitted_prior(name, m.train, m.seed) for name in ("ex-pde", "realnvp") if len(vae.code_shape) == 1 and vae.z_dim <= 256}
     for name, prior in ({"diffusion": model.latent, "N(0, I)": vae.prior} | fitted).items():
         steps = {"steps": m.steps} if name == "diffusion" else {}
-        generator, seen = torch.Generator(model.device).manual_seed(m.seed), ImageStatistics(m.features)
-        drawn = torch.cat([prior.sample(m.batch, generator, **steps) for _ in range(0, max(m.n, len(heldout)), m.batch)])
+        seen, most = ImageStatistics(m.features), max(m.n, len(heldout))
+        drawn = torch.cat([prior.sample(k, source, **steps) for k, source in m.parts(most)])
         for z in drawn[:m.n].split(m.batch):
             seen.add(to_uint8(vae.decode(z.to(model.device))))
         test = two_sample_test(heldout, drawn[:len(heldout)].cpu())

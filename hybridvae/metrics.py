@@ -7,8 +7,8 @@ __all__ = ['INCEPTION_FILE', 'INCEPTION_SHA256', 'INCEPTION_NAMES', 'NEIGHBOUR_I
            'high_frequency_power', 'power_spectrum', 'ImageStatistics', 'describe', 'extract', 'frechet_distance',
            'kernel_distance', 'inception_score', 'precision_recall', 'density_coverage', 'diversity',
            'InceptionNetwork', 'load_inception', 'metric_name', 'measure', 'compare', 'distance_scale',
-           'distance_floors', 'slerp', 'path_length', 'linear_readout', 'count_flops', 'Profile', 'profile_call',
-           'profile_model', 'operator_table', 'show_memory']
+           'distance_floors', 'slerp', 'path_length', 'linear_readout', 'Profile', 'profile_call', 'profile_model',
+           'operator_table', 'show_memory']
 
 # %% ../nbs/00h_metrics.ipynb #cell-002
 import copy
@@ -551,15 +551,6 @@ def linear_readout(
 
     x, held_x = (c.detach().flatten(1).double().cpu().numpy() for c in (codes, held_codes))
     return {name: score(name) for name in FACTORS}
-
-# %% ../nbs/00h_metrics.ipynb #cell-054
-def count_flops(function: Callable, *args) -> int:
-    "Floating-point operations of `function(*args)`, 2 per multiply-add; element-wise work is not counted."
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        function(*args)
-    return counter.get_total_flops()
 
 # %% ../nbs/00h_metrics.ipynb #cell-057
 @dataclasses.dataclass

@@ -14,14 +14,15 @@ import warnings
 import torch
 from torch import nn
 
-from .core import HybridVAEError, derive_seed
+from .core import HybridVAEError, Source, choose, derive_seed, randn
 
 # %% ../nbs/00c_priors.ipynb #cell-006
 PRIORS: dict[str, type] = {}
 
 
 class Prior(nn.Module):
-    """Base of all priors. `config` is JSON-able, its key `prior` names the class; `sample` draws its noise from the generator.
+    """Base of all priors. `config` is JSON-able, its key `prior` names the class; `sample` draws its noise from a generator
+    or, by image, from `Draws`. Computed in float32, also under autocast.
 
     Arguments that are numbers must be positive, else `HybridVAEError`.
     """
@@ -47,7 +48,7 @@ class Prior(nn.Module):
         "Log density in nats: (B, dim) -> (B,); differentiable in z and in the parameters."
         raise NotImplementedError
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(self, n: int, generator: Source = None) -> torch.Tensor:
         "n latent codes (n, dim), on the generator's device, without gradients."
         raise NotImplementedError
 
@@ -66,10 +67,6 @@ def build_prior(config: dict) -> Prior:
         raise HybridVAEError(f"the config of {name} does not fit ({error}): compare it with the class's arguments.") from error
 
 # %% ../nbs/00c_priors.ipynb #cell-007
-def _noise(n: int, dim: int, generator: torch.Generator | None) -> torch.Tensor:
-    return torch.randn(n, dim, generator=generator, device=generator.device if generator is not None else "cpu")
-
-
 class StandardNormal(Prior):
     "p(z) = N(0, I) in `dim` dimensions (Kingma & Welling 2014, section 3)."
 
@@ -80,9 +77,9 @@ class StandardNormal(Prior):
         "Log density in nats: (B, dim) -> (B,)."
         return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)  # log N(z; 0, I)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(self, n: int, generator: Source = None) -> torch.Tensor:
         "n latent codes (n, dim), on the generator's device."
-        return _noise(n, self.dim, generator)
+        return randn((n, self.dim), generator)
 
 # %% ../nbs/00c_priors.ipynb #cell-013
 class GaussianMixture(Prior):
@@ -112,12 +109,11 @@ class GaussianMixture(Prior):
         each = -0.5 * white.square().sum(dim=1) - log_det[:, None] - 0.5 * self.dim * math.log(2 * math.pi)
         return (self.weights.log()[:, None] + each).logsumexp(dim=0)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(self, n: int, generator: Source = None) -> torch.Tensor:
         "n latent codes (n, D), on the generator's device."
-        device = generator.device if generator is not None else "cpu"
-        which = torch.multinomial(self.weights.to(device), n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.dim, 1, generator=generator, device=device)
-        return self.means.to(device)[which] + (self.roots.to(device)[which] @ noise)[:, :, 0]
+        which, noise = choose(self.weights, n, generator), randn((n, self.dim, 1), generator)
+        with torch.autocast(noise.device.type, enabled=False):
+            return self.means.to(noise.device)[which] + (self.roots.to(noise.device)[which] @ noise)[:, :, 0]
 
 
 def fit_mixture(
@@ -163,9 +159,8 @@ def _log_mixture(z, log_weights, mu, logvar):
 
 
 def _draw_mixture(n, weights, mu, logvar, generator):
-    device = generator.device if generator is not None else "cpu"
-    which = torch.multinomial(weights.to(device), n, replacement=True, generator=generator)
-    return mu.to(device)[which] + (0.5 * logvar).exp().to(device)[which] * _noise(n, mu.shape[1], generator)
+    which, noise = choose(weights, n, generator), randn((n, mu.shape[1]), generator)
+    return mu.to(noise.device)[which] + (0.5 * logvar).exp().to(noise.device)[which] * noise
 
 
 class MoGPrior(Prior):
@@ -202,7 +197,7 @@ class MoGPrior(Prior):
         return _log_mixture(z, self.logits.log_softmax(dim=0), self.means, self.logvar)
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(self, n: int, generator: Source = None) -> torch.Tensor:
         "n latent codes (n, D), on the generator's device."
         return _draw_mixture(n, self.logits.softmax(dim=0), self.means, self.logvar, generator)
 
@@ -254,7 +249,7 @@ class VampPrior(Prior):
         return _log_mixture(z, z.new_full((k,), -math.log(k)), *self.posteriors())
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(self, n: int, generator: Source = None) -> torch.Tensor:
         "n latent codes (n, D), on the generator's device."
         return _draw_mixture(n, torch.ones(len(self.pseudo_inputs)), *self.posteriors(), generator)
 
@@ -378,9 +373,9 @@ class FlowPrior(Prior):
         return log_det - 0.5 * (u.square() + math.log(2 * math.pi)).sum(dim=1)
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(self, n: int, generator: Source = None) -> torch.Tensor:
         "n latent codes (n, D), on the generator's device."
-        u = _noise(n, self.dim, generator)
+        u = randn((n, self.dim), generator)
         return self.from_noise(u.to(next(self.parameters()).device)).to(u.device)
 
 # %% ../nbs/00c_priors.ipynb #cell-035

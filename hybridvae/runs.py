@@ -13,20 +13,21 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_parameters, default_device, derive_seed,
-                            load_model, load_record, load_records, project_root, provenance, record_path, save_grid, save_model,
+from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_flops, count_parameters, default_device, derive_seed,
+                            device_name, image_draws, load_model, load_record, load_records, project_root, provenance, record_path, save_grid, save_model,
                             to_uint8, weights_hash, write_json, write_record)
 from .data import Batches, ImageData, data_root, load_data
 from .features import FEATURE_WEIGHTS, FeatureModel, load_features, shipped_features
-from .metrics import ImageStatistics, compare, count_flops, describe, distance_floors, distance_scale, load_inception
-from .training import TrainConfig, TrainResult, autocast, compile_networks, eager, peak_memory, train
+from .metrics import ImageStatistics, compare, describe, distance_floors, distance_scale, load_inception
+from .training import (COMPILE_FROM, TrainConfig, TrainResult, autocast, choose_compile, choose_precision, compile_networks, eager, peak_memory,
+                                train)
 
 # %% ../nbs/00i_runs.ipynb #cell-006
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Entry:
         "Everything that decides the trained model, JSON-able, without the seed."
         return {"model": self.model, "train": None if self.train is None else dataclasses.asdict(TrainConfig(**self.train)),
                 "data": {"dataset": self.dataset, "subset": self.subset}, "depends_on": self.depends_on}
+
+    @property
+    def precision(self) -> str:
+        "Precision in which this entry trains and samples, see `choose_precision`."
+        return (self.train or {}).get("precision", "auto")
 
     def missing(self, record: dict | None) -> list[str]:
         "What a record lacks: everything, if there is none or its config is another; evaluations; studies."
@@ -93,8 +99,8 @@ def evaluate(
     check: Callable = lambda: None,  # called before each batch: raises to stop
     progress: bool = True,  # show a bar
 ) -> dict:
-    "One entry of a record's `evaluations`: time per image, and all metrics of n samples."
-    n, steps, generator = evaluation["n"], evaluation["steps"], torch.Generator(model.device).manual_seed(derive_seed("evaluate", seed))
+    "One entry of a record's `evaluations`: all metrics of n samples, drawn by image (`core.image_draws`), and time per image."
+    n, steps = evaluation["n"], evaluation["steps"]
     asked = {k: v for k, v in (options or evaluation).items() if k != "n"}
     seen, seconds, cuda = [ImageStatistics(network) for network in networks], [], model.device.type == "cuda"
     if cuda:
@@ -103,7 +109,7 @@ def evaluate(
         check()
         begun = time.monotonic()
         with autocast(model.device, precision):  # always a whole batch: one shape
-            images = to_uint8(model.sample(batch, generator=generator, **asked)).cpu()
+            images = to_uint8(model.sample(batch, generator=image_draws(seed, start, start + batch), **asked)).cpu()
         seconds.append(time.monotonic() - begun)
         for each in seen:
             each.add(images[:n - start])
@@ -111,7 +117,8 @@ def evaluate(
     told = {k: v for option in asked.values() if hasattr(option, "report") for k, v in option.report().items()}
     metrics = [compare(*part) for part in zip(seen, references, networks)]
     return {**evaluation, "nfe": 0 if evaluation["sampler"] is None else model.nfe(**asked),
-            "seconds_per_image": sum(timed) / len(timed) / batch, "batch": batch, **({"peak_memory_bytes": peak_memory(model.device)} if cuda else {}), **told,
+            "seconds_per_image": sum(timed) / len(timed) / batch, "batch": batch, "drawn": "by image",
+            "precision": choose_precision(model.device, precision), **({"peak_memory_bytes": peak_memory(model.device)} if cuda else {}), **told,
             "metrics": {k: v for m in metrics for k, v in m.items()}}
 
 # %% ../nbs/00i_runs.ipynb #cell-011
@@ -128,10 +135,11 @@ class Material:
     seed: int = 0  # of what is drawn
     steps: int = 20  # network evaluations of a sample
 
-    @property
-    def parts(self) -> list[int]:
-        "n, cut into batches."
-        return [min(self.batch, self.n - start) for start in range(0, self.n, self.batch)]
+    def parts(self, n: int | None = None, other: int = 0) -> list[tuple[int, Draws]]:
+        "n images (as many as above unless given), cut into batches: how many, and what they are drawn from; `other` names other noise."
+        n = n or self.n
+        stops = [(start, min(start + self.batch, n)) for start in range(0, n, self.batch)]
+        return [(stop - start, image_draws(self.seed + other, start, stop)) for start, stop in stops]
 
 
 STUDIES: dict[str, Callable] = {}
@@ -232,6 +240,9 @@ class _Job:
         trained = _read(folder / "trained.json", "config_hash", "compiled")
         if trained["config_hash"] != config_hash(entry.config):
             raise HybridVAEError(f"{folder} holds a run with another config or seed: choose another folder or remove it.")
+        found = self.data(entry)[0].fingerprint
+        if trained.get("data_hash", found) != found:
+            raise HybridVAEError(f"{folder} holds a run on other images: choose another folder, or prepare the same images again.")
         return load_model(folder / "model.safetensors"), trained
 
     def train(self, entry: Entry) -> tuple[Model, dict]:
@@ -249,20 +260,21 @@ class _Job:
             if entry.train is None and hasattr(parent, "vae") and weights_hash(parent.vae) != weights_hash(model.vae):
                 raise HybridVAEError(f"{entry.experiment} is put together from parts of different VAEs, the last from {name}: train its parts again in an empty folder.")
         data, test = self.data(entry)
-        self.say(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {count_parameters(model, trainable=True):,} parameters")
-        config, folder, device = TrainConfig(**entry.train or {}), entry.folder(self.runs), default_device(self.cpu)
-        compiled = device.type == "cuda"
+        self.say(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {count_parameters(model, trainable=True):,} parameters, "
+                 f"{choose_precision(default_device(self.cpu), entry.precision)} on {device_name(default_device(self.cpu))}")
+        config, folder = TrainConfig(**entry.train or {}), entry.folder(self.runs)
         if entry.train is None:
-            result = TrainResult(True, None, 0, 0.0, [], 0, device.type, "fp32")
+            result = TrainResult(True, None, 0, 0.0, [], 0, [])
         else:
-            result = train(model, data, config, folder, entry.seed, test, self.clock.left(), cpu=self.cpu, compile=compiled, progress=self.progress)
+            result = train(model, data, config, folder, entry.seed, test, self.clock.left(), cpu=self.cpu, progress=self.progress)
         if not result.finished:
             raise TimeUp
         if isinstance(model, FeatureModel):  # shipped in half precision: measure with what is shipped
             model.load_state_dict({k: v.half().to(v.dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()})
         images = result.step * config.batch_size
         trained = {"config_hash": config_hash(entry.config), "kimg": images / 1000, **provenance(model.device),
-                   "precision": result.precision, "compiled": compiled, "train_seconds": result.seconds,
+                   "precision": result.precision, "compiled": result.compiled, "parts": result.parts, "data_hash": data.fingerprint,
+                   "train_seconds": result.seconds,
                    "train_images_per_second": images / max(result.seconds, 1e-9), "peak_memory_bytes": result.peak_memory_bytes,
                    "depends_on": parents, "history": result.history, **({"stopped": result.stopped} if result.stopped else {})}
         save_model(model, folder / "model.safetensors")
@@ -293,15 +305,15 @@ class _Job:
         networks = self.measuring(entry, device)
         seen = lambda network: {"held-out": describe(network, test), "training set": describe(network, data)}
         references = [_kept(f"seen by {i}", (*self.key(entry), weights_hash(network)), lambda: seen(network)) for i, network in enumerate(networks)]
-        if trained["compiled"] and device.type == "cuda":
-            compile_networks(model)
         done = _Progress(entry, self.runs, weights_hash(model))
+        if choose_compile(device, _sampling_flops(model, filter(done.lacks, entry.evaluations))):
+            compile_networks(model)
         for evaluation in entry.evaluations:
             if done.lacks(evaluation):
                 options = model.sampling_options(_asked(evaluation), data, entry.seed)
-                done.add(evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch,
+                done.add(evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch, entry.precision,
                                   check=self.clock.check, progress=self.progress) | _measured_by(device))
-        with eager(), autocast(device):
+        with eager(), autocast(device, entry.precision):
             material = Material(data, test, networks[0], references[0]["held-out"], entry.n_study, entry.batch, steps=entry.steps_study) if networks else None
             for name in entry.studies:
                 if name not in done.studies:
@@ -327,7 +339,7 @@ class _Job:
         return {
             "experiment": entry.experiment, "dataset": entry.dataset, "subset": entry.subset, "seed": entry.seed,
             "data": data.description, "config": entry.config, **trained,
-            "parameters": count_parameters(model, trainable=True),
+            "measured_precision": choose_precision(model.device, entry.precision), "parameters": count_parameters(model, trainable=True),
             "flops_per_image": count_flops(lambda: model.training_loss(*example, draws=draws)),
             "weights_hash": weights_hash(model), "evaluations": sorted(done.evaluations, key=place), **done.studies,
             **model.measures(data, test, networks[0] if networks else None), **landmarks,
@@ -336,8 +348,7 @@ class _Job:
     def pictures(self, entry: Entry, model: Model) -> None:
         "Uncurated samples beside the record: ten by ten, five by five of large images."
         first, side = entry.evaluations[0], 10 if model.image_shape[-1] < 128 else 5
-        generator = torch.Generator(model.device).manual_seed(entry.seed)
-        shown = model.showcase(side * side, generator, sampler=first["sampler"], steps=first["steps"])
+        shown = model.showcase(side * side, image_draws(entry.seed, 0, side * side), sampler=first["sampler"], steps=first["steps"])
         for name, images in shown.items():
             path = record_path(self.runs, vars(entry))
             path = path.with_name(path.stem + (name and f"-{name}") + (".png" if model.image_shape[-1] < 64 else ".jpg"))
@@ -361,6 +372,16 @@ def _kept(kind: str, key: tuple, make: Callable):
     if _LAST.get(kind, (None,))[0] != key:
         _LAST[kind] = key, make()
     return _LAST[kind][1]
+
+
+def _sampling_flops(model: Model, evaluations: Iterable[dict]) -> float:
+    "Floating-point operations of evaluations, about: as if every option cost what the plain sampler does."
+    asked = [(e["n"], e["steps"]) for e in evaluations]
+    most = 2.0 * count_parameters(model) * sum(n * (steps + 20) for n, steps in asked)  # each parameter at each pixel
+    if not asked or (most := most * model.image_shape[-1] ** 2) < min(COMPILE_FROM.values()):
+        return most  # too few for anybody to care how many
+    once, twice = (count_flops(lambda: model.sample(1, steps=steps, generator=image_draws(0, 0, 1))) for steps in (1, 2))
+    return float(sum(n * (once + (steps - 1) * (twice - once)) for n, steps in asked))
 
 
 def _measured_by(device) -> dict:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Draws, Model
+from .core import Draws, Model, Source, randn
 from .diffusion import GaussianDiffusion
 from .vae import group_norm
 
@@ -181,9 +181,8 @@ class DDPM(Model):
         return {"loss": loss, "loss_per_image": loss.detach() * x[0].numel()}
 
     @torch.no_grad()
-    def sample(self, n: int, *, sampler: str = "dpmpp", steps: int = 20, generator: torch.Generator | None = None,
+    def sample(self, n: int, *, sampler: str = "dpmpp", steps: int = 20, generator: Source = None,
                **options) -> torch.Tensor:
         "n images (n, C, H, W) in [-1, 1]; options as in `GaussianDiffusion.sample`."
-        device = generator.device if generator is not None else "cpu"
-        noise = torch.randn(n, *self.image_shape, generator=generator, device=device).to(self.device)
+        noise = randn((n, *self.image_shape), generator).to(self.device)
         return self.diffusion.sample(self.unet, noise, sampler, steps, generator=generator, **options).clamp(-1, 1)

@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import nn
 
-from .core import Draws, Model, to_float, weights_hash
+from .core import Draws, Model, Source, to_float, weights_hash
 from .priors import FlowPrior, StandardNormal, VampPrior, build_prior, fit_by_name, kl_monte_carlo
 
 # %% ../nbs/00d_vae.ipynb #cell-006
@@ -194,7 +194,7 @@ class VAE(Model):
                 "heldout_elbo": -(terms["reconstruction"] + terms["kl"]).mean().item() * x[0].numel(), "posterior_variance": logvar.exp().mean().item()}
 
     @torch.no_grad()
-    def sample(self, n: int, *, sampler: str = "", steps: int = 0, generator: torch.Generator | None = None,
+    def sample(self, n: int, *, sampler: str = "", steps: int = 0, generator: Source = None,
                prior=None) -> torch.Tensor:
         """n images (n, C, H, W) in [-1, 1], the decoder's means; one shot: sampler and steps are ignored.
 

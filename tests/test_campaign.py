@@ -18,7 +18,7 @@ from hybridvae.campaign import (TINY, dry_run, listing, measure_throughput, prof
 from hybridvae.core import (RECORD_KEYS, Draws, build_model, config_hash, count_parameters, derive_seed, record_path, weights_hash,
                             write_record)
 from hybridvae.data import load_data
-from hybridvae.metrics import count_flops
+from hybridvae.core import count_flops
 from hybridvae.runs import Entry, recorded
 from hybridvae.training import compile_networks, eager
 from hybridvae.unet import UNet

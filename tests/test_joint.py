@@ -207,9 +207,9 @@ def points(*values, key="active_units", held_out=True):
 def test_a_collapse_is_two_bad_points_in_a_row_after_the_first_fifth():
     m = JointDiffuseVAE({**VAE_CONFIG, "z_dim": 20}, UNET)
     assert m.stop_reason([]) is None
-    assert m.stop_reason(points(*[1] * 6)) is None  # the fifth is over, but it is one point only
-    assert "active_units" in m.stop_reason(points(*[1] * 7))
-    assert m.stop_reason(points(*[1] * 6, 2)) is None
+    assert m.stop_reason(points(*[1] * 3)) is None  # the fifth is over, but it is one point only
+    assert "active_units" in m.stop_reason(points(*[1] * 4))
+    assert m.stop_reason(points(*[1] * 3, 2)) is None
     assert m.stop_reason(points(*[20] * 8, 1)) is None
     assert "explained" in m.stop_reason(points(*[0.9] * 8, 0.05, 0.01, key="explained"))
     assert "explained" in m.stop_reason(points(*[0.9] * 8, 0.05, 0.01, key="explained", held_out=False))
@@ -243,10 +243,10 @@ def small(cls=Endless, **options):
 def test_training_stops_where_the_code_collapses_says_why_and_does_not_go_on(tmp_path):
     config, data = TrainConfig(kimg=0.4, batch_size=8), shapes(64)
     result = train(small(Dead), data, config, tmp_path, heldout=data, cpu=True, progress=False)
-    assert result.finished and "active_units" in result.stopped and result.step == 7 * 2  # 25 points in 50 steps: the seventh
-    assert latest_checkpoint(tmp_path).name == "checkpoint-14"
+    assert result.finished and "active_units" in result.stopped and result.step == 4 * 5  # 10 points in 50 steps: the fourth
+    assert latest_checkpoint(tmp_path).name == "checkpoint-20"
     again = train(small(Dead), data, config, tmp_path, heldout=data, cpu=True, progress=False)
-    assert again.stopped == result.stopped and again.step == 14
+    assert again.stopped == result.stopped and again.step == 20
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import complains, generator, randomised
 from hybridvae.campaign import queue
-from hybridvae.core import PRESETS, Draws, build_model, load_model, save_model, to_uint8, weights_hash
+from hybridvae.core import PRESETS, Draws, build_model, count_flops, load_model, randn, save_model, to_uint8, weights_hash
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
 from hybridvae.features import FeatureNetwork
 from hybridvae.latent import REFINE_STEPS, SETTINGS, DiffusionPrior, LatentDiffuseVAE, LatentDiffusion, ResidualMLP, experiments, gain, sampling_flops
-from hybridvae.metrics import count_flops, describe, frechet_distance
+from hybridvae.metrics import describe, frechet_distance
 from hybridvae.priors import StandardNormal
 from hybridvae.runs import STUDIES, Entry, Material, run_entry
 from hybridvae.training import TrainConfig, train
@@ -337,7 +337,7 @@ def test_the_ceiling_of_a_hybrid_is_also_measured_after_refinement():
 
 def test_a_prior_that_fits_is_not_told_from_codes_and_one_that_does_not_is():
     model, m = latent("vector"), material()
-    model.latent.sample = lambda n, g, **_: 50 + torch.randn(n, 4, generator=g)  # far away
+    model.latent.sample = lambda n, g, **_: 50 + randn((n, 4), g)  # far away
     model.vae.encode = lambda x: (torch.zeros(len(x), 4), torch.zeros(len(x), 4))  # codes are N(0, I)
     found = STUDIES["code_fit"](model, m)
     assert found["diffusion"]["accuracy"] > 0.95 and found["N(0, I)"]["accuracy"] < 0.75

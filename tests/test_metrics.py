@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import complains, disk_full, files_below, generator, randomised
+from hybridvae.core import count_flops
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.features import FeatureNetwork, gaussian_blur, load_features
-from hybridvae.metrics import (DEGRADATIONS, INCEPTION_FILE, ImageStatistics, Profile, compare, count_flops, density_coverage,
+from hybridvae.metrics import (DEGRADATIONS, INCEPTION_FILE, ImageStatistics, Profile, compare, density_coverage,
                                describe, distance_floors, distance_scale, diversity, extract, frechet_distance,
                                high_frequency_power, inception_score, kernel_distance, linear_readout, load_inception, measure,
                                metric_name, operator_table, path_length, power_spectrum, precision_recall, profile_call,
