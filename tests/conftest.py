@@ -26,6 +26,12 @@ def double_precision(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def float32(monkeypatch):
+    "Networks run in float32 on every machine: what they make is compared with numbers computed so."
+    monkeypatch.setenv("HYBRIDVAE_PRECISION", "fp32")
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from hybridvae import campaign as campaigns
 from hybridvae import cli, core, data, diffusevae, runs
 from hybridvae.cli import app, main, read_bibliography, render_report, resolve_references
-from hybridvae.core import HybridVAEError, load_model, save_model, to_uint8, weights_hash
+from hybridvae.core import HybridVAEError, image_draws, load_model, save_model, to_uint8, weights_hash
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.features import FeatureNetwork, load_features, weights_folder
 from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
@@ -34,6 +34,7 @@ TINY_VAE = {"image_size": 32, "z_dim": 4, "width": 8, "multipliers": [1, 2], "pa
 TINY_UNET = {"image_size": 32, "width": 16, "multipliers": [1], "attention": [], "patch": 4}
 TINY_TRAIN = {"kimg": 0.128, "batch_size": 32, "lr": 1e-3}
 COMMANDS = typer.main.get_command(app).commands
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 @pytest.fixture
@@ -273,8 +274,8 @@ def test_samples_are_those_of_the_model_and_repeat_with_their_seed(weights, tmp_
     a, again, other = (np.load(tmp_path / name)["arr_0"] for name in ("a.npz", "again.npz", "other.npz"))
     assert a.dtype == np.uint8 and a.shape == (5, 32, 32, 3)
     assert np.array_equal(a, again) and not np.array_equal(a, other)
-    model, g = load_model(weights["hybrid"]), generator(4)
-    expected = torch.cat([model.sample(k, sampler="ddim", steps=3, generator=g) for k in (3, 2)])
+    model = load_model(weights["hybrid"])
+    expected = torch.cat([model.sample(k, sampler="ddim", steps=3, generator=image_draws(4, i, i + k)) for i, k in ((0, 3), (3, 2))])
     assert np.array_equal(a, to_uint8(expected).permute(0, 2, 3, 1).numpy())
 
 
@@ -292,7 +293,7 @@ def test_ex_pde_draws_codes_from_the_mixture_of_the_training_codes(weights, tmp_
     command("sample --cpu --n 4 --prior ex-pde --dataset shapes --weights", weights["vae"], "--out", tmp_path / "x.npz")
     vae = load_model(weights["vae"])
     mixture = fit_mixture(vae.codes(data.load_data("shapes")), 20, 0)
-    expected = to_uint8(vae.decode(mixture.sample(4, generator(0))).detach()).permute(0, 2, 3, 1).numpy()
+    expected = to_uint8(vae.decode(mixture.sample(4, image_draws(0, 0, 4))).detach()).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(np.load(tmp_path / "x.npz")["arr_0"], expected)
 
 
@@ -300,7 +301,7 @@ def test_the_guidance_weight_reaches_the_sampler(weights, tmp_path):
     for weight in (0, 1, 3):
         command("sample --cpu --n 2 --steps 2 --weights", weights["guided"], "--guidance-weight", weight, "--out", tmp_path / f"{weight}.npz")
     found = [np.load(tmp_path / f"{weight}.npz")["arr_0"] for weight in (0, 1, 3)]
-    expected = load_model(weights["guided"]).sample(2, steps=2, guidance_weight=3.0, generator=generator(0))
+    expected = load_model(weights["guided"]).sample(2, steps=2, guidance_weight=3.0, generator=image_draws(0, 0, 2))
     assert np.array_equal(found[2], to_uint8(expected).permute(0, 2, 3, 1).numpy())
     assert not np.array_equal(found[0], found[1]) and not np.array_equal(found[1], found[2])
 
@@ -346,7 +347,7 @@ def test_reconstructions_stand_below_their_images(weights, photos, tmp_path):
     assert np.array_equal(tile(picture, 0, 0).permute(1, 2, 0), np.asarray(first))
     model = load_model(weights["hybrid"])
     x = torch.stack([tile(picture, 0, i) for i in range(3)]).float() / 127.5 - 1
-    x_hat, refined = map(to_uint8, model.reconstruct(x, steps=2, generator=generator(0)))
+    x_hat, refined = map(to_uint8, model.reconstruct(x, steps=2, generator=image_draws(0, 0, len(x))))
     assert all(torch.equal(tile(picture, row, i), images[i]) for row, images in ((1, x_hat), (2, refined)) for i in range(3))
 
 
@@ -406,7 +407,7 @@ def test_a_hybrid_of_both_refines_as_often_as_asked(weights, tmp_path):
     file = save_model(randomised(model, 0.1), tmp_path / "both.safetensors")
     for k in (0, 2):
         command("sample --cpu --n 2 --steps 2 --refine-steps", k, "--weights", file, "--out", tmp_path / f"{k}.npz")
-        want = to_uint8(load_model(file).sample(2, steps=2, refine_steps=k, generator=generator(0))).permute(0, 2, 3, 1).numpy()
+        want = to_uint8(load_model(file).sample(2, steps=2, refine_steps=k, generator=image_draws(0, 0, 2))).permute(0, 2, 3, 1).numpy()
         assert np.abs(np.load(tmp_path / f"{k}.npz")["arr_0"].astype(int) - want.astype(int)).max() <= 1
 
 
@@ -414,7 +415,7 @@ def test_latent_diffusion_samples_and_takes_another_prior(weights, tmp_path):
     command("sample --cpu --n 2 --steps 2 --weights", weights["latent"], "--out", tmp_path / "own.npz")
     command("sample --cpu --n 2 --steps 2 --prior ex-pde --dataset shapes --weights", weights["latent"], "--out", tmp_path / "other.npz")
     own, other = (np.load(tmp_path / name)["arr_0"] for name in ("own.npz", "other.npz"))
-    want = to_uint8(load_model(weights["latent"]).sample(2, steps=2, generator=generator(0))).permute(0, 2, 3, 1).numpy()
+    want = to_uint8(load_model(weights["latent"]).sample(2, steps=2, generator=image_draws(0, 0, 2))).permute(0, 2, 3, 1).numpy()
     assert np.abs(own.astype(int) - want.astype(int)).max() <= 1 and np.abs(own.astype(int) - other.astype(int)).max() > 1
 
 
@@ -425,8 +426,7 @@ def test_evaluate_measures_what_sample_draws(weights, tmp_path):
     found = json.loads((tmp_path / "m.json").read_text())
     value = found["metrics"]["FD (shapes)"]["value"]
     assert f"{value:.4f}" in said and "n = 20" in said and "held-out, 100 images" in said and "FID" not in said
-    g = generator(core.derive_seed("evaluate", 0))
-    images = to_uint8(load_model(weights["ddpm"]).sample(20, steps=2, generator=g))
+    images = to_uint8(load_model(weights["ddpm"]).sample(20, steps=2, generator=image_draws(0, 0, 20)))
     network = load_features("shapes")
     expected = frechet_distance(extract(network, images), extract(network, data.load_data("shapes", "test").tensor()))
     assert value == pytest.approx(expected, rel=1e-4)
