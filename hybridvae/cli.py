@@ -877,7 +877,7 @@ def _compare(what: str, batch: int | None, rounds: int | None, tiny: bool, out: 
         for part in ("training", "sampling", "evaluation", "input", "start_up"):
             print(f"{part.replace('_', '-')}:\n{rate_table(found[part]).to_string()}\n")
         print(pd.DataFrame(found["convolutions"]).round(2).to_string(index=False), end="\n\n")
-        print(pd.DataFrame(found["goals"]).set_index("goal").round(2).fillna("").to_string())
+        print(pd.DataFrame(found["goals"]).set_index("goal").round(2).astype(object).fillna("").to_string())
     else:
         sizes = (TINY_GROWTH, TINY_BASE, TINY.shape) if tiny else (GROWTH, BASE, SHAPE)
         found = cost_growth(*sizes, rounds=rounds or 5, cpu=cpu, progress=sys.stderr.isatty())
