@@ -392,8 +392,9 @@ def compare_evaluation(
 
     def theirs() -> None:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of more workers than cores
-            found = calculate_metrics(input1=_Images(images), input2=_Images(reference), fid=True, feature_extractor=name,
-                                      batch_size=200, cuda=device.type == "cuda", cache=False, verbose=False)
+            found = calculate_metrics(
+                input1=_Images(images), input2=_Images(reference), fid=True, feature_extractor=name,
+                batch_size=200, cuda=device.type == "cuda", cache=False, verbose=False)
         distance["torch-fidelity"] = found["frechet_inception_distance"]
 
     found = in_turns({"hybridvae": ours, "torch-fidelity": theirs}, rounds, device)
@@ -449,8 +450,11 @@ def start_up(rounds: int = 5) -> list[dict]:
     start = lambda words: lambda: subprocess.run([sys.executable, *words], env={**os.environ, "PYTHONPATH": path},
                                                  check=True, capture_output=True)
     found = in_turns({name: start(words) for name, words in STARTS.items()}, rounds)
-    quartiles = {name: timing.quartiles() for name, timing in found.items()}
-    return [{"name": name, "seconds": q[1], "quartiles": [q[0], q[2]], "rounds": rounds} for name, q in quartiles.items()]
+    rows = []
+    for name, timing in found.items():
+        low, middle, high = timing.quartiles()
+        rows.append({"name": name, "seconds": middle, "quartiles": [low, high], "rounds": rounds})
+    return rows
 
 # %% ../nbs/89_bench.ipynb #cell-038
 def compare_networks(sizes: Sizes = FULL, device: str | torch.device = "cpu", progress: bool = False) -> dict:
@@ -553,7 +557,8 @@ def show_rates(rows: list[dict], ax=None):
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(6, 3))[1]
-    rows = sorted(rows, key=lambda r: (r["precision"] != "fp32", r["name"] != "hybridvae", r["mode"] != "compiled"))[::-1]
+    place = lambda r: (r["precision"] != "fp32", r["name"] != "hybridvae", r["mode"] != "compiled")
+    rows = sorted(rows, key=place)[::-1]  # the first row on top
     middle = np.array([r["images_per_second"] for r in rows])
     low, high = np.array([r["quartiles"] for r in rows]).T
     ax.barh(range(len(rows)), middle, xerr=[middle - low, high - middle], capsize=3,
@@ -599,7 +604,10 @@ def cost_growth(
     cpu: bool = False,  # no GPU
     progress: bool = False,  # show a bar
 ) -> dict:
-    "Rows of what an image costs in a training step and in a call of the U-Net: seconds, GFLOP, bytes held at once; JSON-able."
+    """Rows of what an image costs in a training step and in a call of the U-Net, JSON-able.
+
+    Seconds and GFLOP are per image; the memory is what a training step holds at once, in bytes.
+    """
     device = default_device(cpu)
     precision = precisions(device)[-1]
     points = {(factor, value): base | {factor: value} for factor, values in factors.items() for value in values}
@@ -610,7 +618,8 @@ def cost_growth(
     held = {key: profile_call(p.train, device).peak_memory_bytes for key, p in made.items()}
     rows = [{"factor": factor, **point, **_cost(tuple(point.values()), point["batch"], made, found, held)}
             for (factor, _), point in points.items()]
-    return {**provenance(device), "precision": precision, "mode": "eager", "shape": shape, "rounds": rounds, "rows": rows}
+    return {**provenance(device), "precision": precision, "mode": "eager", "shape": shape, "rounds": rounds,
+            "rows": rows}
 
 
 def _cost(key: tuple, batch: int, made: dict, found: dict, held: dict) -> dict:
@@ -623,11 +632,12 @@ def _cost(key: tuple, batch: int, made: dict, found: dict, held: dict) -> dict:
 
 # %% ../nbs/89_bench.ipynb #cell-058
 def show_growth(rows: list[dict], axes=None):
-    "Milliseconds per image over each factor, both logarithmic, and a dotted line for as fast as its operations grow; returns the axes."
+    "Milliseconds per image over each factor, both logarithmic; dotted: as fast as operations grow. Returns the axes."
     import matplotlib.pyplot as plt
 
     factors = list(dict.fromkeys(r["factor"] for r in rows))
-    axes = plt.subplots(1, len(factors), figsize=(11, 3), sharey=True, layout="constrained")[1] if axes is None else axes
+    if axes is None:
+        axes = np.atleast_1d(plt.subplots(1, len(factors), figsize=(11, 3), sharey=True, layout="constrained")[1])
     for ax, factor in zip(axes, factors):
         own = [r for r in rows if r["factor"] == factor]
         values = [r[factor] for r in own]
@@ -665,8 +675,8 @@ def computation(config: dict) -> str:
 def timed_evaluations(entries: list[Entry], every: bool = False) -> list[tuple[Entry, dict]]:
     """Each entry of seed 0 with the options of what shall be timed, each combination once.
 
-    The main evaluation of all entries, and all evaluations of those in `TIMED_IN_FULL`. Evaluations with a prior that is
-    fitted afterwards are left out, since where the codes come from hardly matters; so are a thousand steps, unless `every`.
+    The main evaluation of all entries, and all evaluations of those in `TIMED_IN_FULL`. Evaluations with a prior of their
+    own are left out, since where the codes come from hardly matters; so are a thousand steps, unless `every`.
     """
     found = {}
     for entry in (e for e in entries if e.seed == 0 and e.evaluations):
@@ -679,7 +689,10 @@ def timed_evaluations(entries: list[Entry], every: bool = False) -> list[tuple[E
 
 # %% ../nbs/89_bench.ipynb #cell-064
 def sampler_of(model: Model, asked: dict, data: Callable[[], ImageData], batch: int) -> tuple[Callable, Callable]:
-    "A function that draws a batch and sends it to the host as bytes, and one that says how often the network was evaluated for an image."
+    """A function that draws a batch and sends it to the host as bytes, and one that says the evaluations of an image.
+
+    `asked` are the options of an evaluation; `data` is called where they need training images.
+    """
     plain = all(key in ("sampler", "steps", "guidance_weight", "refine_steps", "eta", "variance") for key in asked)
     options = asked if plain else model.sampling_options(asked, data())
 
@@ -709,7 +722,8 @@ def time_models(
     """
     chosen, device = timed_evaluations(entries, every), default_device(cpu)
     if not chosen:
-        raise HybridVAEError("none of these experiments has an evaluation to time: name one that makes images, such as ddpm.")
+        raise HybridVAEError("none of these experiments has an evaluation to time: name one that makes images, "
+                             "such as ddpm.")
     groups = {}
     for entry, asked in chosen:
         groups.setdefault((computation(entry.model), config_hash(asked)), (entry, asked))
@@ -750,7 +764,11 @@ def profile_entry(
     traces: str | Path | None = None,  # folder for the traces, see `profile_model`
     cpu: bool = False,  # no GPU
 ) -> tuple[dict[str, Profile], dict]:
-    "Profiles of a `training step` (where the entry trains anything) and of `sampling`, and a row with what they cost per image."
+    """Profiles of a `training step` (where the entry trains anything) and of `sampling`, and a row with the costs.
+
+    The row has milliseconds per image, peak memory in MiB, and the GFLOP of a sample. Raises `HybridVAEError` where a
+    trace cannot be written, and `ValueError` for steps that the sampler cannot do.
+    """
     model = _untrained(entry, {}, default_device(cpu))
     config, batch = entry.train and TrainConfig(**entry.train), batch or entry.batch
     generator = torch.Generator(model.device).manual_seed(0)
@@ -774,7 +792,10 @@ def write_bench(path: str | Path, part: str, content: dict) -> Path:
 
 
 def read_bench(path: str | Path) -> dict:
-    "The parts of such a file, none where there is no file. Raises `HybridVAEError` for a file that holds something else."
+    """The parts of such a file, none where there is no file.
+
+    Raises `HybridVAEError` for a file that holds something else.
+    """
     path = Path(path)
     if path.is_dir():
         raise HybridVAEError(f"{path} is a folder: give the name of a file.")

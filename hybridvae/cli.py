@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName', 'Sampler', 'Steps', 'Guidance', 'Seed', 'Batch', 'Grid',
-           'PRESETS_BY_SIZE', 'PICTURES', 'ARRAYS', 'Measured', 'BENCH_OPTIONS', 'STUDY', 'REPORTED_STUDIES', 'KINDS',
-           'data', 'run', 'train_model', 'train', 'load_generator', 'write_images', 'sample', 'image_files',
-           'read_images', 'reconstruct', 'interpolate', 'evaluate', 'campaign', 'bench', 'read_bibliography',
-           'short_reference', 'resolve_references', 'render_report', 'report', 'main']
+           'PRESETS_BY_SIZE', 'PICTURES', 'ARRAYS', 'Measured', 'BENCH_OPTIONS', 'PROFILED', 'STUDY',
+           'REPORTED_STUDIES', 'KINDS', 'data', 'run', 'train_model', 'train', 'load_generator', 'write_images',
+           'sample', 'image_files', 'read_images', 'reconstruct', 'interpolate', 'evaluate', 'campaign', 'bench',
+           'read_bibliography', 'short_reference', 'resolve_references', 'render_report', 'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #cell-002
 import contextlib
@@ -822,32 +822,35 @@ def _try_out(entries: list, minutes: float | None) -> None:
 
 # %% ../nbs/91_cli.ipynb #cell-bench-1
 Measured = Literal["peers", "growth", "times", "profile"]
-BENCH_OPTIONS = {"peers": ("batch", "rounds", "tiny"), "growth": ("rounds", "tiny"), "times": ("dataset", "experiment", "batch", "rounds", "all"),
-                 "profile": ("dataset", "experiment", "batch", "sampler", "steps")}  # beside --out and --cpu
+BENCH_OPTIONS = {"peers": {"batch", "rounds", "tiny"}, "growth": {"rounds", "tiny"},
+                 "times": {"dataset", "experiment", "batch", "rounds", "all"},
+                 "profile": {"dataset", "experiment", "batch", "sampler", "steps"}}  # beside --out and --cpu
+PROFILED = ["ddpm", "diffusevae-form1", "latent", "latent-mlp"]  # experiments, unless named
 
 
 @app.command(epilog=_examples("bench --out bench.json", "bench growth --rounds 3", "bench times --dataset shapes --cpu",
                               'bench profile --experiment vae --experiment "diffusevae-*" --batch 50 --cpu'))
 def bench(
     ctx: typer.Context,
-    what: Annotated[Measured, typer.Argument(help="against other libraries; by size; sampling of all models; operators and memory")] = "peers",
+    what: Annotated[Measured, typer.Argument(help="against other libraries; by size; all models' sampling; operators")] = "peers",
     dataset: Annotated[str, typer.Option(help="times, profile: shapes, cifar10, celeba64 or celeba256")] = "shapes",
-    experiment: Annotated[list[str] | None, typer.Option(help="times, profile: only these, * for any letters; may be repeated")] = None,
+    experiment: Annotated[list[str] | None, typer.Option(help="times, profile: only these, * for any letters; repeatable")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="not growth: images at a time")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="not profile: how often each is timed")] = None,
     all: Annotated[bool, typer.Option("--all", help="times: sampling in a thousand steps, too")] = False,
     sampler: Annotated[SamplerName, typer.Option(help="profile: of diffusion models")] = "dpmpp",
     steps: Annotated[int, typer.Option(help="profile: evaluations of the network for an image, 1 to 1000")] = 20,
-    tiny: Annotated[bool, typer.Option("--tiny", help="peers, growth: only try it, at a small size, nothing compiled")] = False,
-    out: Annotated[Path | None, typer.Option(help="file to write, usually bench.json or times-DATASET.json; of profile a folder, usually profiles")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="peers, growth: only try it, small and not compiled")] = False,
+    out: Annotated[Path | None, typer.Option(help="bench.json, times-DATASET.json, or of profile the folder profiles")] = None,
     cpu: Cpu = False,
 ):
     "Measure how fast this machine trains and samples, and what the time is spent on."
-    _refuse(ctx, sorted({n for names in BENCH_OPTIONS.values() for n in names} - {*BENCH_OPTIONS[what]}), f"bench {what}")
+    _refuse(ctx, sorted(set().union(*BENCH_OPTIONS.values()) - BENCH_OPTIONS[what]), f"bench {what}")
     if what == "profile":
-        _profile(_made_by(dataset, experiment or ["ddpm", "diffusevae-form1", "latent", "latent-mlp"]), dataset, batch, sampler, steps, out or Path("profiles"), cpu)
+        _profile(_made_by(dataset, experiment or PROFILED), dataset, batch, sampler, steps, out or Path("profiles"), cpu)
     elif what == "times":
-        _time_models(_made_by(dataset, experiment or ["*"]), batch or 50, rounds or 3, all, out or Path(f"times-{dataset}.json"), cpu)
+        target = out or Path(f"times-{dataset}.json")
+        _time_models(_made_by(dataset, experiment or ["*"]), batch or 50, rounds or 3, all, target, cpu)
     else:
         _compare(what, batch, rounds, tiny, out or Path("bench.json"), cpu)
 
@@ -856,9 +859,11 @@ def _made_by(dataset: str, patterns: list[str]) -> list:
     "The entries of seed 0 that match and make images. Raises `HybridVAEError` where none does."
     from hybridvae.core import MODELS, HybridVAEError
 
-    chosen = [e for e in _matching(_entries(dataset), patterns) if e.seed == 0 and hasattr(MODELS[e.model["model"]], "sample")]
+    matching = [e for e in _matching(_entries(dataset), patterns) if e.seed == 0]
+    chosen = [e for e in matching if hasattr(MODELS[e.model["model"]], "sample")]
     if not chosen:
-        raise HybridVAEError("feature networks alone are not measured: name an experiment that makes images, such as ddpm.")
+        raise HybridVAEError("feature networks alone are not measured: name an experiment that makes images, such as "
+                             "ddpm.")
     return chosen
 
 # %% ../nbs/91_cli.ipynb #cell-bench-2
@@ -867,22 +872,23 @@ def _compare(what: str, batch: int | None, rounds: int | None, tiny: bool, out: 
     import dataclasses
 
     import pandas as pd
-    from hybridvae.bench import BASE, FULL, GROWTH, SHAPE, TINY, TINY_BASE, TINY_GROWTH, compare_peers, cost_growth, rate_table, read_bench, write_bench
+    from hybridvae import bench as b
 
-    read_bench(out)  # a bad name is told before the minutes of measuring
+    b.read_bench(out)  # a bad name is told before the minutes of measuring
     if what == "peers":
-        sizes = TINY if tiny else FULL
-        found = compare_peers(dataclasses.replace(sizes, batch=batch or sizes.batch, rounds=rounds or sizes.rounds), cpu, sys.stderr.isatty())
+        sizes = b.TINY if tiny else b.FULL
+        sizes = dataclasses.replace(sizes, batch=batch or sizes.batch, rounds=rounds or sizes.rounds)
+        found = b.compare_peers(sizes, cpu, sys.stderr.isatty())
         print(*found["missing"], sep="\n", end="\n" * bool(found["missing"]))
         for part in ("training", "sampling", "evaluation", "input", "start_up"):
-            print(f"{part.replace('_', '-')}:\n{rate_table(found[part]).to_string()}\n")
+            print(f"{part.replace('_', '-')}:\n{b.rate_table(found[part]).to_string()}\n")
         print(pd.DataFrame(found["convolutions"]).round(2).to_string(index=False), end="\n\n")
         print(pd.DataFrame(found["goals"]).set_index("goal").round(2).astype(object).fillna("").to_string())
     else:
-        sizes = (TINY_GROWTH, TINY_BASE, TINY.shape) if tiny else (GROWTH, BASE, SHAPE)
-        found = cost_growth(*sizes, rounds=rounds or 5, cpu=cpu, progress=sys.stderr.isatty())
+        sizes = (b.TINY_GROWTH, b.TINY_BASE, b.TINY.shape) if tiny else (b.GROWTH, b.BASE, b.SHAPE)
+        found = b.cost_growth(*sizes, rounds=rounds or 5, cpu=cpu, progress=sys.stderr.isatty())
         print(pd.DataFrame(found["rows"]).drop(columns=["training_quartiles", "call_quartiles"]).to_string(index=False))
-    print(f"written to {write_bench(out, what, found)}")
+    print(f"written to {b.write_bench(out, what, found)}")
 
 
 def _time_models(entries: list, batch: int, rounds: int, every: bool, out: Path, cpu: bool) -> None:
@@ -896,7 +902,8 @@ def _time_models(entries: list, batch: int, rounds: int, every: bool, out: Path,
     with _in_a_sentence():
         found = time_models(entries, batch, rounds, every, cpu, sys.stderr.isatty())
     options = lambda e: ", ".join(f"{k} {v}" for k, v in e.items() if v is not None)
-    rows = [{"experiment": r["experiment"], "evaluation": options(r["evaluation"]), "NFE": r["nfe"], "ms per image": 1000 * r["seconds_per_image"]} for r in found["rows"]]
+    rows = [{"experiment": r["experiment"], "evaluation": options(r["evaluation"]), "NFE": r["nfe"],
+             "ms per image": 1000 * r["seconds_per_image"]} for r in found["rows"]]
     print(pd.DataFrame(rows).round(2).to_string(index=False))
     print(f"written to {write_json(out, found)}")
 
@@ -917,7 +924,8 @@ def _profile(entries: list, dataset: str, batch: int | None, sampler: str, steps
         rows.append(row)
         for what, part in profiles.items():
             found[what][entry.experiment] = part
-            print(f"{entry.experiment}, {what}: {1000 * part.seconds:,.0f} ms, at most {part.peak_memory_bytes / 2**20:,.1f} MiB more than before")
+            held = f"at most {part.peak_memory_bytes / 2**20:,.1f} MiB more than before"
+            print(f"{entry.experiment}, {what}: {1000 * part.seconds:,.0f} ms, {held}")
             print(operator_table(part).to_string(), end="\n\n")
     print(pd.DataFrame(rows).set_index("experiment").round(2).T.rename_axis(columns=None).to_string(), end="\n\n")
     _draw_memory(found, dataset, out / "memory.png")
