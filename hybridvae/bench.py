@@ -675,8 +675,8 @@ def computation(config: dict) -> str:
 def timed_evaluations(entries: list[Entry], every: bool = False) -> list[tuple[Entry, dict]]:
     """Each entry of seed 0 with the options of what shall be timed, each combination once.
 
-    The main evaluation of all entries, and all evaluations of those in `TIMED_IN_FULL`. Evaluations with a prior of their
-    own are left out, since where the codes come from hardly matters; so are a thousand steps, unless `every`.
+    The main evaluation of all entries, and all evaluations of those in `TIMED_IN_FULL`. Evaluations with a prior that
+    they name are left out, since where the codes come from hardly matters; so are a thousand steps, unless `every`.
     """
     found = {}
     for entry in (e for e in entries if e.seed == 0 and e.evaluations):
