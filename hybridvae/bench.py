@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from . import core
 from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_parameters, default_device,
                             derive_seed, project_root, provenance, to_uint8, weights_hash, write_json)
 from .data import Batches, ImageData, load_data
@@ -702,10 +703,12 @@ def sampler_of(model: Model, asked: dict, data: Callable[[], ImageData], batch: 
     plain = all(key in ("sampler", "steps", "guidance_weight", "refine_steps", "eta", "variance") for key in asked)
     options = asked if plain else model.sampling_options(asked, data())
 
+    by_image = getattr(core, "image_draws", None)  # as `evaluate` draws, where the package can
+
     def call() -> None:
-        generator = torch.Generator(model.device).manual_seed(0)
+        source = by_image(0, 0, batch) if by_image else torch.Generator(model.device).manual_seed(0)
         with torch.no_grad(), autocast(model.device):
-            to_uint8(model.sample(batch, generator=generator, **options)).cpu()
+            to_uint8(model.sample(batch, generator=source, **options)).cpu()
 
     def nfe() -> float:
         told = {k: v for option in options.values() if hasattr(option, "report") for k, v in option.report().items()}
@@ -748,7 +751,7 @@ def time_models(
         low, middle, high = (s / batch for s in found[key].quartiles())
         rows.append({"experiment": entry.experiment, "evaluation": asked, "nfe": samplers[key][1](),
                      "seconds_per_image": middle, "quartiles": [low, high], "timed_as": groups[key][0].experiment})
-    precision = "bf16" if supports_bf16(device) else "fp32"
+    precision = "bf16" if autocast(device)._enabled else "fp32"
     return {**provenance(device), "dataset": dataset, "threads": torch.get_num_threads(), "precision": precision,
             "compiled": False, "batch": batch, "rounds": rounds, "rows": rows}
 

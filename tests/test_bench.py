@@ -12,7 +12,7 @@ from conftest import complains, randomised
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridvae import bench, runs
+from hybridvae import adaptive, bench, runs
 from hybridvae.bench import (TINY, TINY_BASE, TINY_GROWTH, Convolution, Timing, compare_evaluation, compare_input, compare_peers, computation,
                              convolution_call, convolutions, cost_growth, diffusers_unet, gflop, goals, in_turns, levels, lucidrains_unet, our_variant,
                              profile_entry, rate, rate_table, read_bench, sampling_call, show_growth, show_rates, start_up, time_models,
@@ -280,7 +280,7 @@ def test_times_are_per_image_and_shared_by_the_same_computation(monkeypatch):
 
 def test_an_adaptive_model_is_timed_with_its_options_and_says_its_own_evaluations(monkeypatch):
     asked = {"sampler": "dpmpp", "steps": 4, "n": 8, "start": [0.5, 0.5]}, {"sampler": "dpmpp", "steps": 4, "n": 8, "strength": [0.0, 1.0], "uncertainty": "cycle"}
-    found = time_models([entry("adaptive-it", model=HYBRID_MODEL | {"model": "AdaptiveDiffuseVAE"}, evaluations=asked)], batch=4, rounds=1, cpu=True)
+    found = time_models([entry("adaptive-it", model=HYBRID_MODEL | {"model": adaptive.AdaptiveDiffuseVAE.__name__}, evaluations=asked)], batch=4, rounds=1, cpu=True)
     assert [r["nfe"] for r in found["rows"]] == [2.0, 4.0] and found["rows"][0]["evaluation"]["start"] == [0.5, 0.5]
 
 
