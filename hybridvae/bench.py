@@ -468,13 +468,14 @@ def compare_networks(sizes: Sizes = FULL, device: str | torch.device = "cpu", pr
     eager = next(v for v in networks if (v.name, v.mode) == ("hybridvae", "eager"))
     x = torch.zeros(sizes.batch, 3, shape["image_size"], shape["image_size"], device=device)
     met = convolutions(eager.network, x.contiguous(memory_format=eager.layout), torch.zeros(sizes.batch, device=device))
-    calls = {key(v, p): training_call(v, shape, sizes.batch, p) for v, p in each}
+    train = {key(v, p): training_call(v, shape, sizes.batch, p) for v, p in each}
     alone = {("convolutions", "", p): convolution_call(met, p, device) for p in precisions(device)}
-    trained = in_turns(calls | alone, sizes.rounds, device, progress)
-    for v in networks:
-        v.network.eval()
-    calls = {key(v, p): sampling_call(v, shape, sizes.batch, p, sizes.steps) for v, p in each}
-    sampled = in_turns(calls, sizes.rounds, device, progress)
+    sample = {key(v, p): sampling_call(v, shape, sizes.batch, p, sizes.steps) for v, p in each}
+    with torch.compiler.config.patch(force_disable_caches=True):  # nothing compiled by an earlier process is used
+        trained = in_turns(train | alone, sizes.rounds, device, progress)
+        for v in networks:
+            v.network.eval()
+        sampled = in_turns(sample, sizes.rounds, device, progress)
     return {"training": _rows({k: t for k, t in trained.items() if k not in alone}, networks, sizes, 3),
             "sampling": _rows(sampled, networks, sizes, sizes.steps),
             "convolutions": _shares(trained, met), "missing": missing}
@@ -648,12 +649,12 @@ def show_growth(rows: list[dict], axes=None):
     for ax, factor in zip(axes, factors):
         own = [r for r in rows if r["factor"] == factor]
         values = [r[factor] for r in own]
-        for name, label in (("training", "training step"), ("call", "call of the U-Net")):
+        for name, label, colour in (("training", "training step", "tab:blue"), ("call", "call of the U-Net", "navy")):
             middle = 1000 * np.array([r[f"{name}_seconds_per_image"] for r in own])
             low, high = 1000 * np.array([r[f"{name}_quartiles"] for r in own]).T
-            line = ax.errorbar(values, middle, [middle - low, high - middle], marker="o", capsize=3, label=label)
             work = np.array([r["gflop_per_call"] for r in own])
-            ax.plot(values, middle[0] * work / work[0], ":", color=line[0].get_color(), lw=1)
+            ax.errorbar(values, middle, [middle - low, high - middle], marker="o", capsize=3, color=colour, label=label)
+            ax.plot(values, middle[0] * work / work[0], ":", color=colour, lw=1)
         ax.set(xscale="log", yscale="log", xlabel=factor.replace("_", " "))
         ax.set_xticks(values, [str(v) for v in values])
         ax.minorticks_off()
