@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TINY', 'stages', 'queue', 'state', 'listing', 'run_campaign', 'tiny', 'shrink', 'stand_in_data',
-           'dry_run', 'throughput', 'measure_throughput', 'profile_entry']
+           'dry_run']
 
 # %% ../nbs/90_campaign.ipynb #cell-002
 import contextlib
@@ -13,20 +13,17 @@ import importlib
 import os
 import pkgutil
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import torch
 
 import hybridvae
-from .core import HybridVAEError, build_model, count_parameters, default_device, derive_seed, provenance, write_json
-from .metrics import Profile, profile_model
+from .core import HybridVAEError
 from .runs import Clock, Entry, record_roots, recorded, run_entry
-from .training import TrainConfig, compile_networks, latest_checkpoint, training_step
+from .training import TrainConfig, latest_checkpoint
 
 # %% ../nbs/90_campaign.ipynb #cell-006
 DATASETS = ("cifar10", "celeba64", "celeba256")  # those of a campaign on a GPU
@@ -150,65 +147,3 @@ def dry_run(entries: list[Entry], runs: str | Path, minutes: float | None = None
     "The campaign with tiny networks on stand-in images; returns the records."
     with stand_in_data():
         return run_campaign([shrink(e) for e in entries], runs, minutes, cpu, progress)
-
-# %% ../nbs/90_campaign.ipynb #cell-019
-def throughput(
-    entry: Entry,  # whose model and batch
-    seconds: float = 15.0,  # to measure, after warming up
-    compiled: bool = False,  # with `torch.compile`
-    peak: float | None = None,  # floating-point operations a second that the device can do
-    cpu: bool = False,  # no GPU
-) -> dict:
-    "Training images a second on images that lie on the device already, and the share of the peak."
-    device = default_device(cpu)
-    model, config = build_model(entry.model).to(device, memory_format=torch.channels_last), TrainConfig(**entry.train)
-    x = torch.rand(config.batch_size, *model.image_shape, device=device) * 2 - 1
-    flops = 3 * count_flops(lambda: model.training_loss(x[:1]))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    step = training_step(model, x, config)
-    if compiled:
-        compile_networks(model)
-    begun = time.monotonic()
-    for _ in range(3):
-        step()
-    wait()
-    warm, begun, steps = time.monotonic() - begun, time.monotonic(), 0
-    while time.monotonic() - begun < seconds:
-        for _ in range(5):
-            step()
-        wait()
-        steps += 5
-    rate = steps * config.batch_size / (time.monotonic() - begun)
-    return {"experiment": entry.experiment, "dataset": entry.dataset, "batch_size": config.batch_size, "compiled": compiled,
-            "parameters": count_parameters(model, trainable=True), "flops_per_image": flops, "images_per_second": rate,
-            "warm_up_seconds": warm, "share_of_peak": rate * flops / peak if peak else None}
-
-
-def measure_throughput(entries: list[Entry], runs: str | Path, peak: float | None = None, seconds: float = 15.0, cpu: bool = False, every: bool = False) -> Path:
-    "Throughput of DDPM and of the full size, or of `every` entry, one after the other, eager and on a GPU also compiled; written to `throughput.json`."
-    fits = lambda e: e.train and (every or e.experiment == "ddpm" or e.experiment.endswith("-full"))
-    chosen = {(e.dataset, e.experiment): e for e in entries if e.seed == 0 and fits(e)}
-    rows = [throughput(e, seconds, compiled, peak, cpu) for e in chosen.values() for compiled in ((False,) if cpu else (False, True))]
-    return write_json(Path(runs) / "throughput.json", {**provenance(default_device(cpu)), "peak": peak, "rows": rows})
-
-# %% ../nbs/90_campaign.ipynb #cell-022
-def profile_entry(
-    entry: Entry,  # of a generator; its model is built, untrained
-    batch: int | None = None,  # images to sample; the entry's own number unless given
-    sampler: str = "dpmpp",  # a one-shot model ignores both this
-    steps: int = 20,  # and this
-    traces: str | Path | None = None,  # folder for the traces, see `profile_model`
-    cpu: bool = False,  # no GPU
-) -> tuple[dict[str, Profile], dict]:
-    "Profiles of a `training step` (where the entry trains anything) and of `sampling`, and a row with what they cost per image."
-    torch.manual_seed(derive_seed("init", entry.seed))
-    model = build_model(entry.model).to(default_device(cpu), memory_format=torch.channels_last).eval()
-    config, batch = entry.train and TrainConfig(**entry.train), batch or entry.batch
-    generator = torch.Generator(model.device).manual_seed(0)
-    flops = count_flops(lambda: model.sample(1, sampler=sampler, steps=steps, generator=generator))
-    profiles = profile_model(model, batch, config and config.batch_size, sampler, steps, traces, entry.experiment,
-                             config.precision if config else "auto")
-    row, images = {"experiment": entry.experiment, "GFLOP per sample": flops / 1e9}, {"sampling": batch, "training step": config and config.batch_size}
-    for what, part in profiles.items():
-        row |= {f"{what}: ms per image": 1000 * part.seconds / images[what], f"{what}: peak MiB": part.peak_memory_bytes / 2**20}
-    return profiles, row

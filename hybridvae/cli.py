@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName', 'Sampler', 'Steps', 'Guidance', 'Seed', 'Batch', 'Grid',
-           'Precision', 'Compile', 'PRESETS_BY_SIZE', 'PICTURES', 'ARRAYS', 'STUDY', 'REPORTED_STUDIES', 'KINDS',
-           'data', 'run', 'train_model', 'train', 'load_generator', 'write_images', 'sample', 'image_files',
-           'read_images', 'reconstruct', 'interpolate', 'evaluate', 'campaign', 'profile', 'read_bibliography',
-           'short_reference', 'resolve_references', 'render_report', 'report', 'main']
+           'Precision', 'Compile', 'PRESETS_BY_SIZE', 'PICTURES', 'ARRAYS', 'Measured', 'BENCH_OPTIONS', 'PROFILED',
+           'STUDY', 'REPORTED_STUDIES', 'KINDS', 'data', 'run', 'train_model', 'train', 'load_generator',
+           'write_images', 'sample', 'image_files', 'read_images', 'reconstruct', 'interpolate', 'evaluate', 'campaign',
+           'bench', 'read_bibliography', 'short_reference', 'resolve_references', 'render_report', 'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #cell-002
 import contextlib
@@ -803,7 +803,7 @@ def _picked(entries: list, patterns: list[str]) -> list:
 
 
 @app.command(epilog=_examples("campaign --list", "campaign --dataset cifar10 --minutes 55", "campaign --dry-run --dataset celeba64",
-                              'campaign --dataset shapes --experiment "diffusevae-*" --cpu', "campaign --throughput --peak 990"))
+                              'campaign --dataset shapes --experiment "diffusevae-*" --cpu'))
 def campaign(
     ctx: typer.Context,
     dataset: Annotated[list[str] | None, typer.Option(help="may be repeated; usually the three for a GPU; cifar10-cpu: its CPU-size entries")] = None,
@@ -811,8 +811,6 @@ def campaign(
     minutes: Minutes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only try every entry, tiny, on stand-in images")] = False,
     list_: Annotated[bool, typer.Option("--list", help="only say what is recorded, in training, missing")] = False,
-    throughput: Annotated[bool, typer.Option("--throughput", help="only measure how fast this machine trains")] = False,
-    peak: Annotated[float | None, typer.Option(min=0, help="of the device in TFLOPS, for --throughput to give the share of it")] = None,
     runs: Runs = Path("runs"),
     cpu: Cpu = False,
     precision: Precision = "auto",
@@ -822,19 +820,14 @@ def campaign(
     from hybridvae.campaign import queue, run_campaign
     from hybridvae.core import HybridVAEError, default_device
 
-    chosen = [option for option, on in (("--dry-run", dry_run), ("--list", list_), ("--throughput", throughput)) if on]
-    if len(chosen) > 1:
-        raise HybridVAEError(f"{' and '.join(chosen)} do not go together: choose one of them.")
-    if not throughput:
-        _refuse(ctx, ("peak",), "a campaign without --throughput")
-    if list_ or throughput:
-        _refuse(ctx, ("minutes",), chosen[0])
+    if dry_run and list_:
+        raise HybridVAEError("--dry-run and --list do not go together: choose one of them.")
+    if list_:
+        _refuse(ctx, ("minutes",), "--list")
     entries = queue(*dataset or ())
-    entries = (_matching if throughput else _picked)(entries, experiment) if experiment else entries  # what throughput is measured of needs no weights
+    entries = _picked(entries, experiment) if experiment else entries
     if list_:
         _print_listing(entries, runs)
-    elif throughput:
-        _print_throughput(entries, runs, peak, cpu, bool(experiment))
     elif dry_run:
         _try_out(entries, minutes)
     else:
@@ -864,19 +857,6 @@ def _print_listing(entries: list, runs: Path) -> None:
     print(_count(entries, runs))
 
 
-def _print_throughput(entries: list, runs: Path, peak: float | None, cpu: bool, every: bool) -> None:
-    import json
-
-    from hybridvae.campaign import measure_throughput
-
-    path = measure_throughput(entries, runs, peak and peak * 1e12, cpu=cpu, every=every)
-    for row in json.loads(path.read_text())["rows"]:
-        share = f", {row['share_of_peak']:.0%} of the peak" if row["share_of_peak"] else ""
-        print(f"{row['dataset']} {row['experiment']}, {'compiled' if row['compiled'] else 'eager'}, batch {row['batch_size']}: "
-              f"{row['images_per_second']:,.0f} images a second{share}")
-    print(f"written to {path}")
-
-
 def _try_out(entries: list, minutes: float | None) -> None:
     "The dry run: the same code, smaller."
     from hybridvae.campaign import TINY, dry_run
@@ -887,48 +867,131 @@ def _try_out(entries: list, minutes: float | None) -> None:
         done = dry_run(entries, folder, minutes)
     print(f"{len(done)} of {len(entries)} entries came through to their record.")
 
-# %% ../nbs/91_cli.ipynb #cell-036
-@app.command(epilog=_examples("profile --cpu", 'profile --dataset shapes --experiment vae --experiment "diffusevae-*" --batch 50 --cpu',
-                              "profile --dataset cifar10 --experiment ddpm --sampler ddim --steps 50 --out profiles"))
-def profile(
-    experiment: Annotated[list[str] | None, typer.Option(help="which models, * for any letters; may be repeated; usually ddpm, diffusevae-form1, latent and latent-mlp")] = None,
-    dataset: Annotated[str, typer.Option(help="shapes, cifar10, celeba64 or celeba256")] = "shapes",
-    sampler: Sampler = "dpmpp",
-    steps: Steps = 20,
-    batch: Annotated[int | None, typer.Option(min=1, help="images to sample at a time; usually as many as in the experiment's evaluation")] = None,
-    out: Annotated[Path, typer.Option(help="folder of the traces and of memory.png")] = Path("profiles"),
+# %% ../nbs/91_cli.ipynb #cell-bench-1
+Measured = Literal["peers", "growth", "times", "profile"]
+BENCH_OPTIONS = {"peers": {"batch", "rounds", "tiny"}, "growth": {"rounds", "tiny"},
+                 "times": {"dataset", "experiment", "batch", "rounds", "all"},
+                 "profile": {"dataset", "experiment", "batch", "sampler", "steps"}}  # beside --out and --cpu
+PROFILED = ["ddpm", "diffusevae-form1", "latent", "latent-mlp"]  # experiments, unless named
+
+
+@app.command(epilog=_examples("bench --out bench.json", "bench growth --rounds 3", "bench times --dataset shapes --cpu",
+                              'bench profile --experiment vae --experiment "diffusevae-*" --batch 50 --cpu'))
+def bench(
+    ctx: typer.Context,
+    what: Annotated[Measured, typer.Argument(help="against other libraries; by size; all models' sampling; operators")] = "peers",
+    dataset: Annotated[str, typer.Option(help="times, profile: shapes, cifar10, celeba64 or celeba256")] = "shapes",
+    experiment: Annotated[list[str] | None, typer.Option(help="times, profile: only these, * for any letters; repeatable")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="not growth: images at a time")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="not profile: how often each is timed")] = None,
+    all: Annotated[bool, typer.Option("--all", help="times: sampling in a thousand steps, too")] = False,
+    sampler: Annotated[SamplerName, typer.Option(help="profile: of diffusion models")] = "dpmpp",
+    steps: Annotated[int, typer.Option(help="profile: evaluations of the network for an image, 1 to 1000")] = 20,
+    tiny: Annotated[bool, typer.Option("--tiny", help="peers, growth: only try it, small and not compiled")] = False,
+    out: Annotated[Path | None, typer.Option(help="bench.json, times-DATASET.json, or of profile the folder profiles")] = None,
     cpu: Cpu = False,
+    precision: Precision = "auto",
 ):
-    "Measure the time, operators and memory of a training step and of sampling, without training."
+    "Measure how fast this machine trains and samples, and what the time is spent on."
+    _refuse(ctx, sorted(set().union(*BENCH_OPTIONS.values()) - BENCH_OPTIONS[what]), f"bench {what}")
+    if what == "profile":
+        _profile(_made_by(dataset, experiment or PROFILED), dataset, batch, sampler, steps, out or Path("profiles"), cpu)
+    elif what == "times":
+        target = out or Path(f"times-{dataset}.json")
+        _time_models(_made_by(dataset, experiment or ["*"]), batch or 50, rounds or 3, all, target, cpu)
+    else:
+        _compare(what, batch, rounds, tiny, out or Path("bench.json"), cpu)
+
+
+def _made_by(dataset: str, patterns: list[str]) -> list:
+    "The entries of seed 0 that match and make images. Raises `HybridVAEError` where none does."
+    from hybridvae.core import MODELS, HybridVAEError
+
+    matching = [e for e in _matching(_entries(dataset), patterns) if e.seed == 0]
+    chosen = [e for e in matching if hasattr(MODELS[e.model["model"]], "sample")]
+    if not chosen:
+        raise HybridVAEError("feature networks alone are not measured: name an experiment that makes images, such as "
+                             "ddpm.")
+    return chosen
+
+# %% ../nbs/91_cli.ipynb #cell-bench-2
+def _compare(what: str, batch: int | None, rounds: int | None, tiny: bool, out: Path, cpu: bool) -> None:
+    "Measure, write, and print `peers` or `growth`."
+    import dataclasses
+
     import pandas as pd
-    from hybridvae.campaign import profile_entry
-    from hybridvae.core import MODELS, HybridVAEError, atomic_path
-    from hybridvae.metrics import operator_table, show_memory
-    from matplotlib.figure import Figure
+    from hybridvae import bench as b
+
+    b.read_bench(out)  # a bad name is told before the minutes of measuring
+    if what == "peers":
+        sizes = b.TINY if tiny else b.FULL
+        sizes = dataclasses.replace(sizes, batch=batch or sizes.batch, rounds=rounds or sizes.rounds)
+        found = b.compare_peers(sizes, cpu, sys.stderr.isatty())
+        print(*found["missing"], sep="\n", end="\n" * bool(found["missing"]))
+        for part in ("training", "sampling", "evaluation", "input", "start_up"):
+            print(f"{part.replace('_', '-')}:\n{b.rate_table(found[part]).to_string()}\n")
+        print(pd.DataFrame(found["convolutions"]).round(2).to_string(index=False), end="\n\n")
+        print(pd.DataFrame(found["goals"]).set_index("goal").round(2).astype(object).fillna("").to_string())
+    else:
+        sizes = (b.TINY_GROWTH, b.TINY_BASE, b.TINY.shape) if tiny else (b.GROWTH, b.BASE, b.SHAPE)
+        found = b.cost_growth(*sizes, rounds=rounds or 5, cpu=cpu, progress=sys.stderr.isatty())
+        print(pd.DataFrame(found["rows"]).drop(columns=["training_quartiles", "call_quartiles"]).to_string(index=False))
+    print(f"written to {b.write_bench(out, what, found)}")
+
+
+def _time_models(entries: list, batch: int, rounds: int, every: bool, out: Path, cpu: bool) -> None:
+    "Time the sampling of these entries' models, write and print it."
+    import pandas as pd
+    from hybridvae.bench import time_models
+    from hybridvae.core import HybridVAEError, write_json
+
+    if out.is_dir():
+        raise HybridVAEError(f"{out} is a folder: give the name of a file.")
+    with _in_a_sentence():
+        found = time_models(entries, batch, rounds, every, cpu, sys.stderr.isatty())
+    options = lambda e: ", ".join(f"{k} {v}" for k, v in e.items() if v is not None)
+    rows = [{"experiment": r["experiment"], "evaluation": options(r["evaluation"]), "NFE": r["nfe"],
+             "ms per image": 1000 * r["seconds_per_image"]} for r in found["rows"]]
+    print(pd.DataFrame(rows).round(2).to_string(index=False))
+    print(f"written to {write_json(out, found)}")
+
+# %% ../nbs/91_cli.ipynb #cell-bench-3
+def _profile(entries: list, dataset: str, batch: int | None, sampler: str, steps: int, out: Path, cpu: bool) -> None:
+    "Profile a training step and the sampling of each entry; write the traces and a picture of the memory."
+    import pandas as pd
+    from hybridvae.bench import profile_entry
+    from hybridvae.core import HybridVAEError
+    from hybridvae.metrics import operator_table
 
     if out.exists() and not out.is_dir():
         raise HybridVAEError(f"{out} is a file: give the name of a folder.")
-    matching = _matching(_entries(dataset), experiment or ["ddpm", "diffusevae-form1", "latent", "latent-mlp"])
-    chosen = [e for e in matching if e.seed == 0 and hasattr(MODELS[e.model["model"]], "sample")]
-    if not chosen:
-        raise HybridVAEError("feature networks alone are not profiled: name an experiment that makes images, such as ddpm.")
     rows, found = [], {"training step": {}, "sampling": {}}
-    for entry in chosen:
+    for entry in entries:
         with _in_a_sentence():
             profiles, row = profile_entry(entry, batch, sampler, steps, out, cpu)
         rows.append(row)
         for what, part in profiles.items():
             found[what][entry.experiment] = part
-            print(f"{entry.experiment}, {what}: {1000 * part.seconds:,.0f} ms, at most {part.peak_memory_bytes / 2**20:,.1f} MiB more than before")
+            held = f"at most {part.peak_memory_bytes / 2**20:,.1f} MiB more than before"
+            print(f"{entry.experiment}, {what}: {1000 * part.seconds:,.0f} ms, {held}")
             print(operator_table(part).to_string(), end="\n\n")
     print(pd.DataFrame(rows).set_index("experiment").round(2).T.rename_axis(columns=None).to_string(), end="\n\n")
+    _draw_memory(found, dataset, out / "memory.png")
+    print(f"Traces and memory.png are in {out}")
+
+
+def _draw_memory(found: dict[str, dict], dataset: str, target: Path) -> None:
+    "Memory over time, one panel for training steps and one for sampling."
+    from hybridvae.core import atomic_path
+    from hybridvae.metrics import show_memory
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4), layout="constrained")
     for ax, (what, parts) in zip(figure.subplots(1, 2), found.items()):
         ax.set_title(f"{what}, {dataset}")
         show_memory(parts, ax)
-    with atomic_path(out / "memory.png") as path:
+    with atomic_path(target) as path:
         figure.savefig(path, dpi=120)
-    print(f"Traces and memory.png are in {out}")
 
 # %% ../nbs/91_cli.ipynb #cell-042
 STUDY = ("vae", "ddpm", "diffusevae-form1")  # on shapes, seed 0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'STUDIES', 'Entry', 'evaluate', 'Material', 'study', 'find_entry', 'TimeUp', 'Clock', 'recorded',
-           'run_entry', 'results_folder', 'record_roots', 'all_records', 'grid_of', 'evaluation_of',
-           'metric_over_seeds', 'results_table', 'mean_and_spread', 'beyond_spread', 'verdict']
+           'run_entry', 'results_folder', 'record_roots', 'all_records', 'grid_of', 'sampling_times', 'time_of',
+           'evaluation_of', 'metric_over_seeds', 'results_table', 'mean_and_spread', 'beyond_spread', 'verdict']
 
 # %% ../nbs/00i_runs.ipynb #cell-002
 import dataclasses
@@ -445,6 +445,22 @@ def grid_of(record: dict, kind: str = "") -> Path | None:
     stems = [record_path(root, record).with_suffix("").as_posix() + (kind and f"-{kind}") for root in reversed(record_roots())]
     return next((p for p in (Path(stem + suffix) for stem in stems for suffix in (".png", ".jpg")) if p.exists()), None)
 
+# %% ../nbs/00i_runs.ipynb #cell-times-1
+def sampling_times(dataset: str) -> list[dict]:
+    """Rows of the data set's `times.json`, each with experiment, evaluation, seconds per image, quartiles and NFE; your own file before the committed one.
+
+    Empty where nothing was measured. Raises `HybridVAEError` for a damaged file.
+    """
+    paths = [root / dataset / "times.json" for root in reversed(record_roots())]
+    return next((_read(path, "rows")["rows"] for path in paths if path.exists()), [])
+
+
+def time_of(dataset: str, experiment: str, **asked) -> float | None:
+    "Median seconds per image of an experiment with exactly these options (`sampler`, `steps`, ...; n does not count); None where not measured."
+    asked = json.loads(json.dumps({k: v for k, v in asked.items() if k != "n"}))  # pairs as lists, as in the file
+    rows = (r for r in sampling_times(dataset) if (r["experiment"], r["evaluation"]) == (experiment, asked))
+    return next((r["seconds_per_image"] for r in rows), None)
+
 # %% ../nbs/00i_runs.ipynb #cell-026
 def evaluation_of(record: dict, **asked) -> dict | None:
     "The evaluation that was made with these options and with no others (`sampler`, `steps`, `n`, `prior`, ...)."
@@ -466,7 +482,7 @@ def metric_over_seeds(records: list[dict], experiment: str, metric: str, **asked
 def results_table(records: list[dict], kinds: tuple = ("FD", "KID", "class score", "precision", "recall", "density", "coverage")):
     """A pandas table of the main evaluation, one row for each experiment: metrics by kind, time, steps, n and number of seeds.
 
-    Raises `HybridVAEError` where two records of an experiment were measured by different networks.
+    The time is that of `time_of`, empty where it was not measured. Raises `HybridVAEError` where two records of an experiment were measured by different networks.
     """
     import pandas as pd
 
@@ -477,7 +493,8 @@ def results_table(records: list[dict], kinds: tuple = ("FD", "KID", "class score
             raise HybridVAEError(f"the records of {experiment} were measured by different feature networks: evaluate them again.")
         names = [name for kind in kinds for name in own[0]["metrics"] if name == kind or name.startswith(f"{kind} (") and " to " not in name]
         row = {name: mean_and_spread([e["metrics"][name]["value"] for e in own]) for name in names}
-        row["ms per image"] = mean_and_spread([1000 * e["seconds_per_image"] for e in own])
+        taken = time_of(next(r["dataset"] for r in records if r["experiment"] == experiment), experiment, **_asked(own[0]))
+        row["ms per image"] = "" if taken is None else f"{1000 * taken:,.2f}"
         rows[experiment] = row | {"NFE": own[0]["nfe"], "n": f"{own[0]['n']:,}", "seeds": len(own)}
     return pd.DataFrame(rows).T
 

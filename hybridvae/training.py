@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'COMPILE_FROM', 'POINTS', 'TrainConfig', 'Average', 'supports_bf16', 'choose_precision', 'autocast',
-           'eager', 'choose_compile', 'compile_networks', 'training_flops', 'peak_memory', 'latest_checkpoint',
-           'save_checkpoint', 'heldout_losses', 'TrainResult', 'train', 'training_step']
+           'eager', 'compiler_works', 'choose_compile', 'compile_networks', 'training_flops', 'peak_memory',
+           'latest_checkpoint', 'save_checkpoint', 'heldout_losses', 'TrainResult', 'train', 'training_step']
 
 # %% ../nbs/00g_training.ipynb #cell-002
 import contextlib
@@ -151,7 +151,7 @@ def eager():
 
 
 @functools.cache
-def _compiler_works(device_type: str) -> bool:
+def compiler_works(device_type: str) -> bool:
     "Whether `torch.compile` works here, tried on a small function; says in a sentence where it does not."
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device_type))
@@ -170,7 +170,7 @@ def choose_compile(device: torch.device, flops: float) -> bool:
     """
     asked = _setting("HYBRIDVAE_COMPILE", ("auto", "on", "off"))
     wanted = asked == "on" or (asked == "auto" and flops >= COMPILE_FROM.get(device.type, math.inf))
-    return wanted and _compiler_works(device.type)
+    return wanted and compiler_works(device.type)
 
 
 def compile_networks(model: Model) -> None:

@@ -177,6 +177,13 @@ FAULTS = [
           "test_priors.py::test_codes_are_draws_from_the_posterior_of_the_first_images"),
     Fault("a code with a place made by a linear layer", "vae.py", '**({"z_channels": z_channels} if z_channels else {})', "",
           "test_vae.py::test_one_place_of_a_code_moves_the_pixels_around_it_and_no_others"),
+    # bench
+    Fault("every round begins with the same call", "bench.py", "names[first:] + names[:first]", "names",
+          "test_bench.py::test_calls_take_turns_and_each_round_begins_with_another"),
+    Fault("a compared training step does not clip", "bench.py", "nn.utils.clip_grad_norm_(trained, 1.0)", "pass",
+          "test_bench.py::test_a_training_call_is_the_step_of_the_diffusion_loss_with_clipping"),
+    Fault("times are per batch", "bench.py", "(s / batch for s in found[key].quartiles())", "found[key].quartiles()",
+          "test_bench.py::test_times_are_per_image_and_shared_by_the_same_computation"),
     # runs and campaign
     Fault("guided evaluations counted once", "core.py", "steps * (1 + (guidance_weight not in (0, 1)))", "steps",
           "test_runs.py::test_nfe_counts_the_networks_evaluations"),
@@ -224,7 +231,7 @@ FAULTS = [
           "test_precision.py::test_damaged_weights_get_a_sentence_and_no_file"),
     Fault("black images of numbers that are none", "core.py", "if not torch.isfinite(x).all():", "if False:",
           "test_precision.py::test_images_that_are_not_finite_are_refused_wherever_they_come_from"),
-    Fault("compiled without a compiler", "training.py", "return wanted and _compiler_works(device.type)", "return wanted",
+    Fault("compiled without a compiler", "training.py", "return wanted and compiler_works(device.type)", "return wanted",
           "test_precision.py::test_long_work_is_compiled_short_work_is_not_and_a_switch_decides_otherwise"),
     # training
     Fault("averaged weights not saved", "training.py", "with average.applied():\n            save_model",

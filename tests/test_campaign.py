@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 
 import hybridvae
-import numpy as np
 import pytest
 import torch
 from conftest import complains, generator
 from hybridvae import campaign, runs
-from hybridvae.campaign import (TINY, dry_run, listing, measure_throughput, profile_entry, queue, run_campaign, shrink, stages,
-                                stand_in_data, state, throughput)
-from hybridvae.core import (RECORD_KEYS, Draws, build_model, config_hash, count_parameters, derive_seed, record_path, weights_hash,
+from hybridvae.campaign import TINY, dry_run, listing, queue, run_campaign, shrink, stages, stand_in_data, state
+from hybridvae.core import (RECORD_KEYS, Draws, build_model, config_hash, count_parameters, record_path,
                             write_record)
 from hybridvae.data import load_data
 from hybridvae.core import count_flops
@@ -342,92 +340,10 @@ def test_a_forward_pass_at_32_pixels_costs_what_the_budgets_were_made_with(name,
         assert count_flops(unet, x, torch.zeros(1)) / 1e9 == pytest.approx(gflop, rel=0.1)
 
 
-# --- throughput -----------------------------------------------------------------------------------------------------
+# --- compilation ----------------------------------------------------------------------------------------------------
 
 HYBRID = entry("hybrid-full", model={"model": "DiffuseVAE", "vae": {k: v for k, v in VAE.items() if k != "model"}, "unet": UNET})
-
-
-def check(row, e, compiled):
-    assert (row["experiment"], row["dataset"], row["batch_size"], row["compiled"]) == (e.experiment, "shapes", 8, compiled)
-    model = build_model(e.model)
-    x = torch.zeros(1, 3, 32, 32)
-    assert row["flops_per_image"] == 3 * count_flops(lambda: model.training_loss(x)) > 0
-    assert row["parameters"] == count_parameters(model, trainable=True)
-    assert row["images_per_second"] > 0
-    assert row["share_of_peak"] == pytest.approx(row["images_per_second"] * row["flops_per_image"] / 1e12)
-
-
-def test_throughput_counts_images_and_the_share_of_the_peak(monkeypatch):
-    check(throughput(HYBRID, seconds=0.2, peak=1e12, cpu=True), HYBRID, False)
-    assert throughput(HYBRID, seconds=0.01, cpu=True)["share_of_peak"] is None
-    ticks = iter(np.arange(0, 1000, 2.0))  # two seconds pass between any two looks at the clock
-    monkeypatch.setattr(campaign.time, "monotonic", lambda: next(ticks))
-    row = throughput(HYBRID, seconds=3, cpu=True)  # time for five steps of 8 images, and three looks
-    assert row["images_per_second"] == pytest.approx(40 / 6) and row["warm_up_seconds"] == 2
-
-
-def test_throughput_takes_the_training_step_of_the_entry(monkeypatch):
-    done = []
-
-    def training_step(model, x, config):
-        assert model.config == build_model(HYBRID.model).config and x.shape == (8, 3, 32, 32) and (config.batch_size, config.kimg) == (8, 0.032)
-        assert -1 <= x.min() < -0.9 and 0.9 < x.max() <= 1
-        return lambda: done.append(1)
-    monkeypatch.setattr(campaign, "training_step", training_step)
-    ticks = iter(np.arange(0, 1000, 2.0))
-    monkeypatch.setattr(campaign.time, "monotonic", lambda: next(ticks))
-    throughput(HYBRID, seconds=3, cpu=True)
-    assert len(done) == 3 + 5
-
-
-def test_the_throughput_of_every_data_set_is_written(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(campaign, "throughput", lambda e, seconds, compiled, peak, cpu:
-                        seen.append((e.dataset, e.experiment)) or {"peak": peak})
-    path = measure_throughput(ENTRIES, tmp_path, peak=2.0, cpu=True)
-    content = json.loads(path.read_text())
-    assert path == tmp_path / "throughput.json" and content["rows"] == [{"peak": 2.0}] * len(seen) and content["device"]
-    large = {(d, n) for d in ("cifar10", "celeba64") for n in ("ddpm", "diffusevae-form1-z-full")} | {("celeba256", "ddpm")}
-    assert set(seen) == large and len(seen) == 5
-    asked = [e for e in ENTRIES if e.experiment in ("latent", "latent-hybrid")]
-    seen.clear()
-    measure_throughput(asked, tmp_path, cpu=True, every=True)
-    assert set(seen) == {(d, "latent") for d in ("cifar10", "celeba64", "celeba256")}  # a hybrid trains nothing
-
-
-def test_a_profile_of_an_entry_has_its_sizes_and_its_initial_weights(tmp_path, monkeypatch):
-    seen, inner = {}, campaign.profile_model
-
-    def profile_model(model, batch, train_batch, sampler, steps, *rest):
-        seen.update(hash=weights_hash(model), batch=batch, train_batch=train_batch, sampler=sampler, steps=steps)
-        return inner(model, batch, train_batch, sampler, steps, *rest)
-    monkeypatch.setattr(campaign, "profile_model", profile_model)
-    e = dataclasses.replace(HYBRID, batch=6)
-    profiles, row = profile_entry(e, steps=2, traces=tmp_path, cpu=True)
-    torch.manual_seed(derive_seed("init", 0))
-    model = build_model(e.model)
-    assert seen == {"hash": weights_hash(model), "batch": 6, "train_batch": 8, "sampler": "dpmpp", "steps": 2}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hybrid-full-sampling.json.gz", "hybrid-full-training-step.json.gz"]
-    assert row["sampling: ms per image"] == pytest.approx(1000 * profiles["sampling"].seconds / 6)
-    assert row["training step: ms per image"] == pytest.approx(1000 * profiles["training step"].seconds / 8)
-    assert row["training step: peak MiB"] == pytest.approx(profiles["training step"].peak_memory_bytes / 2**20) and row["sampling: peak MiB"] > 0
-    assert row["GFLOP per sample"] == pytest.approx(count_flops(lambda: model.sample(1, steps=2)) / 1e9)
-    profile_entry(e, batch=3, sampler="ddim", steps=1, cpu=True)
-    assert (seen["batch"], seen["sampler"], seen["steps"]) == (3, "ddim", 1)
-
-
-def test_an_entry_that_trains_nothing_is_profiled_in_sampling_alone():
-    profiles, row = profile_entry(dataclasses.replace(HYBRID, train=None, batch=2), steps=1, cpu=True)
-    assert list(profiles) == ["sampling"] and not [name for name in row if "training" in name]
-
-
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "cl"))), reason="needs a C++ compiler")
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_throughput_of_a_compiled_model():
-    check(throughput(HYBRID, seconds=0.2, compiled=True, peak=1e12, cpu=True), HYBRID, True)
 
 
 @pytest.mark.slow

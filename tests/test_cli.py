@@ -1,5 +1,6 @@
 """The command line: what each command writes, with tiny models, and one sentence for every mistake."""
 import copy
+import dataclasses
 import json
 import re
 import shlex
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from hybridvae import bench as benches
 from hybridvae import campaign as campaigns
 from hybridvae import cli, core, data, diffusevae, runs
 from hybridvae.cli import app, main, read_bibliography, render_report, resolve_references
@@ -488,17 +490,7 @@ def test_a_dry_run_says_what_it_changes(tiny, tmp_path, monkeypatch):
     assert "1 of 1 entries came through" in said and files_below(tmp_path) == []
 
 
-def test_throughput_is_measured_and_written(tiny, tmp_path, monkeypatch):
-    measure = campaigns.measure_throughput
-    monkeypatch.setattr(campaigns, "measure_throughput", lambda *args, **options: measure(*args, **options, seconds=0.1))
-    said = command("campaign --throughput --peak 0.1 --dataset shapes --experiment ddpm --cpu --runs", tmp_path)
-    [row] = json.loads((tmp_path / "throughput.json").read_text())["rows"]
-    assert f"{row['images_per_second']:,.0f} images a second" in said
-    assert row["share_of_peak"] == pytest.approx(row["images_per_second"] * row["flops_per_image"] / 1e11)
-    assert f"{row['share_of_peak']:.0%} of the peak" in said
-
-
-# --- profile ---------------------------------------------------------------------------------------------------------------
+# --- bench -----------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def shrunk(monkeypatch):
@@ -509,7 +501,7 @@ def shrunk(monkeypatch):
 
 def test_profile_prints_tables_and_writes_traces_and_the_memory(shrunk, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = command("profile --cpu --steps 2 --batch 3")
+    said = command("bench profile --cpu --steps 2 --batch 3")
     names = ("ddpm", "diffusevae-form1", "latent", "latent-mlp")
     traces = [f"profiles/{name}-{what}.json.gz" for name in names for what in ("sampling", "training-step")]
     assert files_below(tmp_path) == sorted(["profiles", "profiles/memory.png", *traces])
@@ -522,14 +514,40 @@ def test_profile_prints_tables_and_writes_traces_and_the_memory(shrunk, tmp_path
 
 
 def test_profile_takes_patterns_without_dependencies_or_feature_networks_and_seed_0_alone(shrunk, tmp_path, monkeypatch):
-    asked, inner = [], campaigns.profile_entry
+    asked, inner = [], benches.profile_entry
 
     def profile_entry(entry, *options):
         asked.append((entry.experiment, entry.seed, *options))
         return inner(entry, *options)
-    monkeypatch.setattr(campaigns, "profile_entry", profile_entry)
-    command("profile --cpu --dataset cifar10 --experiment features* --experiment diffusevae-form[1] --sampler ddim --steps 2 --out", tmp_path / "x")
+    monkeypatch.setattr(benches, "profile_entry", profile_entry)
+    command("bench profile --cpu --dataset cifar10 --experiment features* --experiment diffusevae-form[1] --sampler ddim --steps 2 --out", tmp_path / "x")
     assert asked == [("diffusevae-form1", 0, None, "ddim", 2, tmp_path / "x", True)]
+
+
+def test_bench_compares_with_peers_and_keeps_the_other_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(benches, "STARTS", {"python": ["-c", "pass"]})
+    monkeypatch.setattr(benches, "TINY", dataclasses.replace(benches.TINY, images=20, inputs=128))
+    monkeypatch.chdir(tmp_path)
+    core.write_json(tmp_path / "bench.json", {"growth": {"rows": []}})
+    said = command("bench --tiny --rounds 1 --batch 2 --cpu")
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["growth"] == {"rows": []} and (found["peers"]["batch"], found["peers"]["rounds"]) == (2, 1)
+    assert re.search(r"^hybridvae +fp32 +eager", said, flags=re.M) and "training, fp32: times diffusers" in said and "written to bench.json" in said
+
+
+def test_bench_growth_writes_its_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(benches, "TINY_GROWTH", {"batch": (1, 2)})
+    said = command("bench growth --tiny --rounds 1 --cpu --out", tmp_path / "b.json")
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert list(found) == ["growth"] and [r["batch"] for r in found["growth"]["rows"]] == [1, 2] and "gflop_per_call" in said
+
+
+def test_bench_times_what_matches(shrunk, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = command("bench times --experiment ddpm --experiment joint-none --batch 2 --rounds 1 --cpu")
+    found = json.loads((tmp_path / "times-shapes.json").read_text())
+    assert {r["experiment"] for r in found["rows"]} == {"ddpm", "joint-none"} and (found["batch"], found["rounds"]) == (2, 1)
+    assert re.search(r"ddpm +sampler dpmpp, steps 3 +3 ", said) and "written to times-shapes.json" in said
 
 
 # --- report ----------------------------------------------------------------------------------------------------------------
@@ -692,13 +710,22 @@ MISTAKES = [
     ("campaign --dataset imagenet", "imagenet"),
     ("campaign --dataset shapes --experiment gan", r"'gan'.*choose from"),
     ("campaign --list --dry-run", "--dry-run and --list"),
-    ("campaign --peak 100", "--peak"),
-    ("campaign --throughput --minutes 3", "--minutes"),
-    ("profile --dataset imagenet", "imagenet"),
-    ("profile --experiment gan", r"'gan'.*choose from .*ddpm"),
-    ("profile --experiment features", "feature networks"),
-    ("profile --experiment ddpm --steps 0 --cpu", "steps is 0"),
-    ("profile --out file", "file is a file"),
+    ("campaign --list --minutes 3", "--minutes"),
+    ("bench profile --dataset imagenet", "imagenet"),
+    ("bench profile --experiment gan", r"'gan'.*choose from .*ddpm"),
+    ("bench profile --experiment features", "feature networks"),
+    ("bench profile --experiment ddpm --steps 0 --cpu", "steps is 0"),
+    ("bench profile --out file", "file is a file"),
+    ("bench profile --rounds 3", "--rounds does not go with bench profile"),
+    ("bench --experiment ddpm", "--experiment does not go with bench peers"),
+    ("bench growth --batch 3", "--batch does not go with bench growth"),
+    ("bench times --tiny", "--tiny does not go with bench times"),
+    ("bench times --steps 3", "--steps does not go with bench times"),
+    ("bench times --dataset imagenet", "imagenet"),
+    ("bench times --experiment features", "feature networks"),
+    ("bench times --out empty", "empty is a folder"),
+    ("bench --out file", "file is not a result of"),
+    ("bench growth --out empty", "empty is a folder"),
 ]
 
 

@@ -174,7 +174,7 @@ def test_accelerates_environment_changes_nothing(variable, value, plain, tmp_pat
 # --- compilation ----------------------------------------------------------------------------------------------------
 
 def test_long_work_is_compiled_short_work_is_not_and_a_switch_decides_otherwise(monkeypatch):
-    monkeypatch.setattr(training, "_compiler_works", lambda kind: True)
+    monkeypatch.setattr(training, "compiler_works", lambda kind: True)
     monkeypatch.delenv("HYBRIDVAE_COMPILE", raising=False)
     for kind in ("cpu", "cuda"):
         device, enough = torch.device(kind), COMPILE_FROM[kind]
@@ -183,7 +183,7 @@ def test_long_work_is_compiled_short_work_is_not_and_a_switch_decides_otherwise(
     assert not choose_compile(CPU, 1e20) and not choose_compile(torch.device("cuda"), 1e20)
     monkeypatch.setenv("HYBRIDVAE_COMPILE", "on")
     assert choose_compile(CPU, 1.0)
-    monkeypatch.setattr(training, "_compiler_works", lambda kind: False)
+    monkeypatch.setattr(training, "compiler_works", lambda kind: False)
     assert not choose_compile(CPU, 1e20)
     monkeypatch.setenv("HYBRIDVAE_COMPILE", "yes")
     with complains("HYBRIDVAE_COMPILE is 'yes'", "off"):
