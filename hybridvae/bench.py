@@ -684,15 +684,15 @@ def computation(config: dict) -> str:
 def timed_evaluations(entries: list[Entry], every: bool = False) -> list[tuple[Entry, dict]]:
     """Each entry of seed 0 with the options of what shall be timed, each combination once.
 
-    The main evaluation of all entries, and all evaluations of those in `TIMED_IN_FULL`. Evaluations with a prior that
-    they name are left out, since where the codes come from hardly matters; so are a thousand steps, unless `every`.
+    The main evaluation of all entries, and all evaluations of those in `TIMED_IN_FULL`; not a thousand steps, unless
+    `every`.
     """
     found = {}
     for entry in (e for e in entries if e.seed == 0 and e.evaluations):
         in_full = any(fnmatch.fnmatchcase(entry.experiment, pattern) for pattern in TIMED_IN_FULL)
         for evaluation in entry.evaluations if in_full else entry.evaluations[:1]:
             asked = {k: evaluation[k] for k in OPTIONS if k in evaluation and k != "n"}
-            if "prior" not in asked and (every or asked["steps"] < SLOW_STEPS):
+            if every or asked["steps"] < SLOW_STEPS:
                 found[entry.experiment, config_hash(asked)] = entry, asked
     return list(found.values())
 
@@ -702,7 +702,10 @@ def sampler_of(model: Model, asked: dict, data: Callable[[], ImageData], batch: 
 
     `asked` are the options of an evaluation; `data` is called where they need training images.
     """
-    plain = all(key in ("sampler", "steps", "guidance_weight", "refine_steps", "eta", "variance") for key in asked)
+    if "prior" in asked:  # what a fitted one costs hardly differs from the VAE's own
+        asked = asked | {"prior": getattr(model, "vae", model).prior}
+    plain = all(key in ("sampler", "steps", "guidance_weight", "refine_steps", "eta", "variance",
+                        "prior") for key in asked)
     options = asked if plain else model.sampling_options(asked, data())
 
     def call() -> None:
@@ -734,7 +737,7 @@ def time_models(
                              "such as ddpm.")
     groups = {}
     for entry, asked in chosen:
-        groups.setdefault((computation(entry.model), config_hash(asked)), (entry, asked))
+        groups.setdefault(_group(entry, asked), (entry, asked))
     models, dataset, loaded = {}, chosen[0][0].dataset, []
 
     def data() -> ImageData:
@@ -746,13 +749,19 @@ def time_models(
     found = in_turns({key: call for key, (call, _) in samplers.items()}, rounds, device, progress)
     rows = []
     for entry, asked in chosen:
-        key = computation(entry.model), config_hash(asked)
+        key = _group(entry, asked)
         low, middle, high = (s / batch for s in found[key].quartiles())
         rows.append({"experiment": entry.experiment, "evaluation": asked, "nfe": samplers[key][1](),
                      "seconds_per_image": middle, "quartiles": [low, high], "timed_as": groups[key][0].experiment})
     return {**provenance(device), "dataset": dataset, "threads": torch.get_num_threads(),
             "precision": choose_precision(device),
             "compiled": False, "batch": batch, "rounds": rounds, "rows": rows}
+
+
+def _group(entry: Entry, asked: dict) -> tuple[str, str]:
+    "Equal for what does the same work; another prior matters only where it takes the place of a diffusion of codes."
+    other = {"prior": True} if "prior" in asked and "atent" in entry.model["model"] else {}
+    return computation(entry.model), config_hash({k: v for k, v in asked.items() if k != "prior"} | other)
 
 
 def _untrained(entry: Entry, models: dict[str, Model], device: torch.device) -> Model:

@@ -20,7 +20,7 @@ from .diffusevae import LATER, OTHER_SEEDS, DiffuseVAE, protocol
 from .diffusion import GaussianDiffusion
 from .metrics import ImageStatistics, frechet_distance, measure
 from .priors import two_sample_test
-from .runs import Entry, Material, study
+from .runs import OPTIONS, Entry, Material, study, time_of
 from .unet import UNet, timestep_embedding, zeroed
 from .vae import VAE, reparameterize
 
@@ -346,9 +346,9 @@ def gain(records: list[dict], experiment: str, against: str, **asked) -> dict | 
     """What a latent model gains over a pixel model of the same data set, over the seeds; None where either has no record. Both in their main evaluation, the
     first in that with the options asked for, such as `refine_steps`.
 
-    `FD` and `seconds per image`: values of both, by seed; `distance`: ratio of mean FDs; `times less time`, `times fewer operations`; `goal`: at least ten times
-    less time at no more than 1.2 times the distance, None with fewer than three seeds. Raises `HybridVAEError` where the two are not comparable: another
-    sampler, number of steps, n, batch, device or feature network.
+    `FD`: values of both, by seed; `seconds per image` of both, see `runs.time_of`; `distance`: ratio of mean FDs; `times less time`, None where not measured;
+    `times fewer operations`; `goal`: at least ten times less time at no more than 1.2 times the distance, None with fewer than three seeds. Raises
+    `HybridVAEError` where the two are not comparable: another sampler, number of steps, n or feature network.
     """
     fits = lambda e: asked.items() <= e.items() and "prior" not in e
     own, other = ([r for r in records if r["experiment"] == name and r["evaluations"]] for name in (experiment, against))
@@ -356,11 +356,12 @@ def gain(records: list[dict], experiment: str, against: str, **asked) -> dict | 
     if not all(mains) or None in mains[0]:
         return None
     name = next(m for m in mains[0][0]["metrics"] if m.startswith("FD (") and " to " not in m)
-    if len({(*(e[k] for k in ("sampler", "steps", "n", "batch", "device")), e["metrics"].get(name, {}).get("hash")) for e in sum(mains, [])}) > 1:
-        raise HybridVAEError(f"{experiment} and {against} were measured with another sampler, number of steps, n, batch, device or feature network: evaluate them alike.")
-    fd, seconds = ([[read(e) for e in part] for part in mains] for read in (lambda e: e["metrics"][name]["value"], lambda e: e["seconds_per_image"]))
-    mean = statistics.fmean
-    far, times = mean(fd[0]) / mean(fd[1]), mean(seconds[1]) / mean(seconds[0])
+    if len({(*(e[k] for k in ("sampler", "steps", "n")), e["metrics"].get(name, {}).get("hash")) for e in sum(mains, [])}) > 1:
+        raise HybridVAEError(f"{experiment} and {against} were measured with another sampler, number of steps, n or feature network: evaluate them alike.")
+    fd, mean = [[e["metrics"][name]["value"] for e in part] for part in mains], statistics.fmean
+    options = lambda e: {k: e[k] for k in OPTIONS if k in e}
+    seconds = [time_of(part[0]["dataset"], part[0]["experiment"], **options(e[0])) for part, e in ((own, mains[0]), (other, mains[1]))]
+    far, times = mean(fd[0]) / mean(fd[1]), seconds[1] / seconds[0] if all(seconds) else None
     return {"FD": fd, "seconds per image": seconds, "distance": far, "times less time": times,
             "times fewer operations": sampling_flops(other[0]) / sampling_flops(own[0], mains[0][0]),
-            "goal": None if min(map(len, fd)) < 3 else times >= 10 and far <= 1.2}
+            "goal": None if min(map(len, fd)) < 3 or times is None else times >= 10 and far <= 1.2}

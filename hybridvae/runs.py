@@ -468,13 +468,16 @@ def evaluation_of(record: dict, **asked) -> dict | None:
 
 
 def metric_over_seeds(records: list[dict], experiment: str, metric: str, **asked) -> list[float]:
-    "Values of a metric in an experiment's records, by seed; `seconds_per_image` and `nfe` are such, too."
+    "Values of a metric in an experiment's records, by seed; `nfe` is such, too. `seconds_per_image` has one value, that of `time_of`, or none."
     found = []
     for record in sorted((r for r in records if r["experiment"] == experiment), key=lambda r: r["seed"]):
         evaluation = evaluation_of(record, **({"sampler": None, "steps": 1} | {k: v for k, v in asked.items() if k not in ("sampler", "steps")}
                                               if record["config"]["model"]["model"] == "VAE" else asked))
         if evaluation:
-            values = {k: evaluation[k] for k in ("seconds_per_image", "nfe")} | {k: m["value"] for k, m in evaluation["metrics"].items()}
+            if metric == "seconds_per_image":
+                taken = time_of(record["dataset"], experiment, **_asked(evaluation))
+                return [] if taken is None else [taken]
+            values = {"nfe": evaluation["nfe"]} | {k: m["value"] for k, m in evaluation["metrics"].items()}
             found += [values[metric]] if metric in values else []
     return found
 

@@ -257,9 +257,18 @@ def test_what_is_timed_of_whom():
     prior, long = FEW | {"prior": "ex-pde"}, {"sampler": "ancestral", "steps": 1000, "n": 4}
     entries = [entry(evaluations=(FEW, FEW | {"n": 99}, TEN, prior, long)), entry(seed=1), entry("joint-10"), entry("latent-hybrid"), entry("features", evaluations=())]
     steps = lambda *options, **more: [(e.experiment, asked["sampler"], asked["steps"]) for e, asked in timed_evaluations(*options, **more)]
-    assert steps(entries) == [("ddpm", "dpmpp", 3), ("ddpm", "ddim", 10), ("joint-10", "dpmpp", 3), ("latent-hybrid", "dpmpp", 3), ("latent-hybrid", "ddim", 10)]
+    assert steps(entries) == [("ddpm", "dpmpp", 3), ("ddpm", "ddim", 10), ("ddpm", "dpmpp", 3), ("joint-10", "dpmpp", 3),
+                              ("latent-hybrid", "dpmpp", 3), ("latent-hybrid", "ddim", 10)]
     assert ("ddpm", "ancestral", 1000) in steps(entries, every=True)
-    assert all("n" not in asked and "prior" not in asked for _, asked in timed_evaluations(entries))
+    assert [asked.get("prior") for _, asked in timed_evaluations(entries)] == [None, None, "ex-pde", None, None, None]
+    assert all("n" not in asked for _, asked in timed_evaluations(entries))
+
+
+def test_another_prior_is_other_work_only_in_place_of_a_diffusion_of_codes():
+    hybrid, latent = (entry(name, model={"model": kind, "vae": VAE}) for name, kind in (("h", "DiffuseVAE"), ("l", "LatentDiffusion")))
+    plain, fitted = {"sampler": "dpmpp", "steps": 3}, {"sampler": "dpmpp", "steps": 3, "prior": "ex-pde"}
+    assert bench._group(hybrid, plain) == bench._group(hybrid, fitted) and bench._group(latent, plain) != bench._group(latent, fitted)
+    assert bench._group(latent, fitted) == bench._group(latent, fitted | {"prior": "own"})
 
 
 def test_times_are_per_image_and_shared_by_the_same_computation(monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import complains, generator, randomised
+from hybridvae import runs
 from hybridvae.campaign import queue
 from hybridvae.core import PRESETS, Draws, build_model, count_flops, load_model, randn, save_model, to_uint8, weights_hash
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
@@ -346,10 +347,17 @@ def test_a_prior_that_fits_is_not_told_from_codes_and_one_that_does_not_is():
 
 # --- what a sample costs, and what is gained -----------------------------------------------------------------------
 
-def record_of(model, fd, seconds, experiment="latent", **asked):
-    evaluation = {"sampler": "dpmpp", "steps": 3, "n": 100, "batch": 50, "device": "here", "seconds_per_image": seconds,
+def record_of(model, fd, experiment="latent", **asked):
+    evaluation = {"sampler": "dpmpp", "steps": 3, "n": 100,
                   "metrics": {"FD (shapes)": {"value": fd, "hash": asked.pop("hash", "a")}, "FD (shapes) to training set": {"value": 0.0, "hash": "b"}}}
-    return {"experiment": experiment, "config": {"model": model.config}, "evaluations": [evaluation | asked]}
+    return {"experiment": experiment, "dataset": "shapes", "config": {"model": model.config}, "evaluations": [evaluation | asked]}
+
+
+def timed(monkeypatch, seconds):
+    "Times as if measured: (experiment, refine_steps) -> seconds per image, in three steps of DPM-Solver++."
+    rows = [{"experiment": name, "evaluation": {"sampler": "dpmpp", "steps": 3} | ({} if k is None else {"refine_steps": k}),
+             "seconds_per_image": s} for (name, k), s in seconds.items()]
+    monkeypatch.setattr(runs, "sampling_times", lambda dataset: rows)
 
 
 def test_the_operations_of_a_sample_are_those_of_its_parts():
@@ -357,18 +365,19 @@ def test_the_operations_of_a_sample_are_those_of_its_parts():
     macs = dim * width + 2 * width * width + blocks * (2 * width * width + 8 * width * width) + width * dim  # stem, time, modulation and body, head
     model = latent("vector")
     decoder = count_flops(lambda: model.vae.decode(torch.zeros(1, 4)))
-    assert sampling_flops(record_of(model, 1, 1)) == 3 * 2 * macs + decoder
+    assert sampling_flops(record_of(model, 1)) == 3 * 2 * macs + decoder
     both = hybrid()
     unet = count_flops(lambda: both.unet(torch.zeros(1, 3, 16, 16), torch.zeros(1), cond=torch.zeros(1, 3, 16, 16)))
-    assert sampling_flops(record_of(both, 1, 1, refine_steps=2)) == 3 * 2 * macs + decoder + 2 * unet
-    assert sampling_flops(record_of(both, 1, 1, refine_steps=5, start=1.0)) == 3 * 2 * macs + decoder + 5 * unet
+    assert sampling_flops(record_of(both, 1, refine_steps=2)) == 3 * 2 * macs + decoder + 2 * unet
+    assert sampling_flops(record_of(both, 1, refine_steps=5, start=1.0)) == 3 * 2 * macs + decoder + 5 * unet
 
 
 @pytest.mark.parametrize("fd, seconds, reached", [(11.9, 0.09, True), (12.1, 0.09, False), (5.0, 0.11, False), (5.0, 0.01, True)])
-def test_the_goal_asks_for_a_tenth_of_the_time_at_a_fifth_more_distance(fd, seconds, reached):
+def test_the_goal_asks_for_a_tenth_of_the_time_at_a_fifth_more_distance(fd, seconds, reached, monkeypatch):
+    timed(monkeypatch, {("latent", None): seconds, ("ddpm", None): 1.0})
     ours, pixels = latent("vector"), DiffuseVAE(VECTOR, UNET)
-    records = [record_of(ours, fd - 1, seconds), record_of(ours, fd, seconds), record_of(ours, fd + 1, seconds)]
-    records += [record_of(pixels, 9.0, 0.9, "ddpm"), record_of(pixels, 10.0, 1.0, "ddpm"), record_of(pixels, 11.0, 1.1, "ddpm")]
+    records = [record_of(ours, fd - 1), record_of(ours, fd), record_of(ours, fd + 1)]
+    records += [record_of(pixels, 9.0, "ddpm"), record_of(pixels, 10.0, "ddpm"), record_of(pixels, 11.0, "ddpm")]
     found = gain(records, "latent", "ddpm")
     assert found["distance"] == pytest.approx(fd / 10) and found["times less time"] == pytest.approx(1 / seconds) and found["goal"] == reached
     assert found["FD"] == [[fd - 1, fd, fd + 1], [9.0, 10.0, 11.0]]
@@ -377,20 +386,27 @@ def test_the_goal_asks_for_a_tenth_of_the_time_at_a_fifth_more_distance(fd, seco
     assert gain(records, "latent", "nothing") is None and gain(records, "nothing", "ddpm") is None
 
 
-def test_a_gain_is_that_of_the_evaluation_asked_for():
-    ours = record_of(hybrid(), 2.0, 0.5, "latent-hybrid", refine_steps=4)
-    ours["evaluations"] += [ours["evaluations"][0] | {"prior": "own", "refine_steps": 1, "seconds_per_image": 0.01},
-                            ours["evaluations"][0] | {"refine_steps": 1, "seconds_per_image": 0.1}]
-    records = [ours, record_of(DiffuseVAE(VECTOR, UNET), 2.0, 1.0, "ddpm")]
+def test_a_gain_is_that_of_the_evaluation_asked_for(monkeypatch):
+    timed(monkeypatch, {("latent-hybrid", 4): 0.5, ("latent-hybrid", 1): 0.1, ("ddpm", None): 1.0})
+    ours = record_of(hybrid(), 2.0, "latent-hybrid", refine_steps=4)
+    ours["evaluations"] += [ours["evaluations"][0] | {"prior": "own", "refine_steps": 1}, ours["evaluations"][0] | {"refine_steps": 1}]
+    records = [ours, record_of(DiffuseVAE(VECTOR, UNET), 2.0, "ddpm")]
     times = {k: gain(records, "latent-hybrid", "ddpm", **asked)["times less time"] for k, asked in (("main", {}), (4, {"refine_steps": 4}), (1, {"refine_steps": 1}))}
     assert times == pytest.approx({"main": 2, 4: 2, 1: 10}) and gain(records, "latent-hybrid", "ddpm", refine_steps=2) is None
     work = [gain(records, "latent-hybrid", "ddpm", refine_steps=k)["times fewer operations"] for k in (1, 4)]
     assert work[0] > 2 * work[1]
 
 
-@pytest.mark.parametrize("asked", [{"steps": 4}, {"sampler": "ddim"}, {"n": 50}, {"batch": 10}, {"device": "there"}, {"hash": "c"}], ids=str)
+def test_without_a_time_there_is_no_gain_in_time_and_no_goal(monkeypatch):
+    timed(monkeypatch, {("latent", None): 0.1})
+    records = [record_of(latent("vector"), 1.0 + i) for i in range(3)] + [record_of(DiffuseVAE(VECTOR, UNET), 2.0 + i, "ddpm") for i in range(3)]
+    found = gain(records, "latent", "ddpm")
+    assert found["times less time"] is None and found["goal"] is None and found["distance"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("asked", [{"steps": 4}, {"sampler": "ddim"}, {"n": 50}, {"hash": "c"}], ids=str)
 def test_what_was_measured_otherwise_is_not_compared(asked):
-    records = [record_of(latent("vector"), 1, 1), record_of(latent("vector"), 1, 1, "ddpm", **asked)]
+    records = [record_of(latent("vector"), 1), record_of(latent("vector"), 1, "ddpm", **asked)]
     with complains("latent and ddpm", "evaluate them alike"):
         gain(records, "latent", "ddpm")
 

@@ -576,12 +576,15 @@ def test_an_evaluation_is_found_by_exactly_its_options():
         assert evaluation_of(record, **asked) is None
 
 
-def test_metrics_over_seeds_come_in_the_order_of_seeds_and_one_shot_models_are_among_them():
+def test_metrics_over_seeds_come_in_the_order_of_seeds_and_one_shot_models_are_among_them(monkeypatch):
+    times = [{"experiment": "c", "evaluation": {"sampler": None, "steps": 1}, "seconds_per_image": 0.25}]  # records hold another
+    monkeypatch.setattr(runs, "sampling_times", lambda dataset: times if dataset == "shapes" else [])
     records = [a_record(seed=2, value=3.0), a_record(seed=0, value=1.0), a_record(seed=1, value=2.0), a_record("b"),
                a_record("c", model="VAE")]
     asked = dict(sampler="dpmpp", steps=20, n=100)
     assert metric_over_seeds(records, "a", "FD (shapes)", **asked) == [1.0, 2.0, 3.0]
-    assert metric_over_seeds(records, "c", "seconds_per_image", **asked) == [0.5]
+    assert metric_over_seeds(records, "c", "seconds_per_image", **asked) == [0.25] and metric_over_seeds(records, "c", "nfe", **asked) == [20]
+    assert metric_over_seeds(records, "a", "seconds_per_image", **asked) == []
     assert metric_over_seeds(records, "a", "FID", **asked) == metric_over_seeds(records, "d", "FD (shapes)", **asked) == []
 
 
