@@ -257,10 +257,11 @@ def heldout_losses(model: Model, data: ImageData, n: int = 512, batch_size: int 
                    precision: str = "auto") -> dict[str, float]:
     "Mean of every loss term over the first n held-out images (whole batches of them), always with the same noise."
     was_training, totals, n = model.training, {}, min(n, len(data))
+    batch_size = min(batch_size, n)
     model.eval()
     batches = Batches(data.first(n), batch_size, seed, device=model.device)
     with autocast(model.device, precision), eager():
-        for step in range(max(1, n // batch_size)):
+        for step in range(n // batch_size):
             draws = Draws(derive_seed("heldout", seed), step, device=model.device)
             for key, value in model.training_loss(*batches(step, draws), draws=draws).items():
                 totals.setdefault(key, []).append(value.float())
@@ -358,6 +359,7 @@ def train(
     with _own_settings():
         wrapped, wrapped_optimizer = accelerator.prepare(_Loss(model), optimizer)
     marks = {round(config.steps * i / POINTS) for i in range(1, POINTS + 1)}  # where a point of the history is made
+    looked_at = min(512, max(config.batch_size, round(100 * config.kimg / POINTS)))  # held-out images: a tenth of those trained on meanwhile
     every = max(1, round((checkpoint_kimg or config.kimg / 10) * 1000 / config.batch_size))
     model.train()
     bar = tqdm(total=config.steps, initial=run.step, desc=type(model).__name__, unit="step",
@@ -393,7 +395,7 @@ def train(
                 run.check()
             if run.step in marks:
                 with average.applied():
-                    run.point(heldout_losses(model, heldout, precision=config.precision) if heldout else {})
+                    run.point(heldout_losses(model, heldout, looked_at, precision=config.precision) if heldout else {})
                 stopped = model.stop_reason(run.history)
             if (run.step % every == 0 or run.step == config.steps or expired or stopped) and accelerator.is_main_process:
                 run.save(model, average, optimizer, started)
