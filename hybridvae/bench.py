@@ -471,8 +471,7 @@ def compare_networks(sizes: Sizes = FULL, device: str | torch.device = "cpu", pr
     train = {key(v, p): training_call(v, shape, sizes.batch, p) for v, p in each}
     alone = {("convolutions", "", p): convolution_call(met, p, device) for p in precisions(device)}
     sample = {key(v, p): sampling_call(v, shape, sizes.batch, p, sizes.steps) for v, p in each}
-    fresh = torch.compiler.config.patch(force_disable_caches=True)  # nothing compiled by an earlier process is used
-    with fresh, warnings.catch_warnings(action="ignore", category=UserWarning):  # PyTorch says so, too
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PyTorch says so, too
         trained = in_turns(train | alone, sizes.rounds, device, progress)
         for v in networks:
             v.network.eval()
