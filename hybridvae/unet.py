@@ -69,7 +69,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4).unbind(1)
-        return x + self.out(attention(q, k, v).transpose(2, 3).reshape(b, c, h, w))
+        attended = attention(q, k, v).transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)  # channels last in memory, as all else
+        return x + self.out(attended)
 
 # %% ../nbs/00f_unet.ipynb #cell-011
 class UNet(nn.Module):

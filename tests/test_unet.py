@@ -197,3 +197,15 @@ def test_a_ddpm_config_builds_the_same_model(ddpm):
     x = torch.rand(2, 3, 16, 16, generator=generator())
     a, b = (m.training_loss(x, draws=Draws(0, 0))["loss"] for m in (again, ddpm))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_every_convolution_meets_images_with_channels_last(patch):
+    "A layer that hands on another memory layout makes all that follow rearrange it: right, and slow."
+    net = UNet(image_size=16, width=16, multipliers=(1, 2), attention=(8 // patch,), head_width=8, patch=patch).to(memory_format=torch.channels_last)
+    met = []
+    for name, layer in net.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_pre_hook(lambda _, inputs, name=name: met.append((name, inputs[0].is_contiguous(memory_format=torch.channels_last))))
+    net(torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last), torch.zeros(2))
+    assert len(met) > 10 and [name for name, last in met if not last] == []
