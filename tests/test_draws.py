@@ -42,7 +42,7 @@ MODELS = {
     "latent": lambda: LatentDiffusion(VAE_CONFIG, DENOISER),
     "hybrid of both": lambda: LatentDiffuseVAE(VAE_CONFIG, UNET, denoiser=DENOISER),
 }
-HALF = {"uncertainty": "cycle", "start": [0.5, 1.0]}
+HALF = {"uncertainty": "prior", "start": [0.3, 1.0]}
 ASKED = [("vae", {}), *[("vae", {"prior": name}) for name in FITTED], ("vae with a flow", {}), ("vae with a mixture", {}), ("ddpm", {}),
          ("ddpm", {"sampler": "ancestral"}), ("ddpm", {"sampler": "ddim", "eta": 1.0}), ("form 1", {}), ("form 1", {"guidance_weight": 2.0}),
          ("form 2 + z", {"sampler": "ancestral"}), ("adaptive", {}), ("adaptive", {"sampler": "ancestral", **HALF}),
