@@ -382,7 +382,7 @@ def compare_priors(model, m: Material) -> dict:
                        "check": check_prior(prior, heldout), "x̂": distance(coarse), "refined": distance(refined)}
     return found
 
-
+# %% ../nbs/03_adaptive_conditioning.ipynb #44e49fd0
 @study("adaptive")
 def compare_ways(model, m: Material) -> dict:
     """The same plans, from the VAE's own prior, refined in each of `WAYS`: precision in each quarter of the uncertainty "cycle", and of each other

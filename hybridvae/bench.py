@@ -359,7 +359,7 @@ def _extractor(network: nn.Module) -> str:
     register_feature_extractor(name, Extractor)
     return name
 
-
+# %% ../nbs/89_bench.ipynb #e1b8fe1a
 class _Images(torch.utils.data.Dataset):
     "The images of a tensor, one at a time."
 
@@ -518,7 +518,7 @@ def goals(found: dict) -> list[dict]:
             goal("training, fp32: share of convolutions", share("fp32"), 0.45),
             goal("training, bf16: share of convolutions", share("bf16"), 0.45)]
 
-
+# %% ../nbs/89_bench.ipynb #4dee9acb
 def compare_peers(sizes: Sizes = FULL, cpu: bool = False, progress: bool = False) -> dict:
     """All comparisons with peers, JSON-able: networks, evaluation, input, start-up, and the goals.
 
@@ -717,7 +717,7 @@ def sampler_of(model: Model, asked: dict, data: Callable[[], ImageData], batch: 
 
     return call, nfe
 
-
+# %% ../nbs/89_bench.ipynb #e2b4098d
 def time_models(
     entries: list[Entry],  # of one data set
     batch: int = 50,  # images at a time
@@ -756,7 +756,7 @@ def time_models(
             "precision": choose_precision(device),
             "compiled": False, "batch": batch, "rounds": rounds, "rows": rows}
 
-
+# %% ../nbs/89_bench.ipynb #db67e311
 def _group(entry: Entry, asked: dict) -> tuple[str, str]:
     "Equal for what does the same work; another prior matters only where it takes the place of a diffusion of codes."
     other = {"prior": True} if "prior" in asked and "atent" in entry.model["model"] else {}

@@ -47,7 +47,7 @@ Seed = Annotated[int, typer.Option(min=0, help="of all that is drawn at random: 
 Batch = Annotated[int, typer.Option(min=1, help="images at a time: fewer need less memory; the images are the same")]
 Grid = Annotated[Path, typer.Option(help="the picture to write, .png or .jpg")]
 
-
+# %% ../nbs/91_cli.ipynb #ce683070
 def _sets(variable: str):
     "A callback that sets an environment variable to an option's value, as long as the command runs."
     def callback(ctx: typer.Context, value: str) -> str:
@@ -75,7 +75,7 @@ def _say_how(device) -> None:
 
     print(f"computing in {choose_precision(device)} on {device_name(device)}")
 
-
+# %% ../nbs/91_cli.ipynb #4db78a02
 def _refuse(ctx: typer.Context, options: Iterable[str], what: str, remedy: str = "leave it out") -> None:
     "Raise `HybridVAEError` where one of these options, which do not go with `what`, stands on the command line."
     from hybridvae.core import HybridVAEError
@@ -127,7 +127,7 @@ def _entries(dataset: str) -> list:
         entries += queue(f"{dataset}-cpu")
     return entries
 
-
+# %% ../nbs/91_cli.ipynb #57eff770
 @app.command(epilog=_examples("run --dataset shapes", "run --dataset shapes --experiment diffusevae-form1 --minutes 9",
                               "run --dataset cifar10 --experiment diffusevae-form1-cpu --cpu"))
 def run(
@@ -154,7 +154,7 @@ def run(
             return
         print(_summary(record, runs))
 
-
+# %% ../nbs/91_cli.ipynb #bdedd89a
 def _summary(record: dict, runs: Path) -> str:
     "What a run has measured, in lines."
     from hybridvae.core import record_path
@@ -183,7 +183,7 @@ def _preset(name: str, dataset: str, image_size: int) -> dict:
     unet = preset["unet"] | {"image_size": image_size, "attention": [int(a * scale) for a in preset["unet"]["attention"]]}
     return preset | {"name": name, "vae": preset["vae"] | {"image_size": image_size}, "unet": unet}
 
-
+# %% ../nbs/91_cli.ipynb #8969d141
 def _new_model(config: dict, preset: dict, seed: int):
     "The untrained model. Raises `HybridVAEError` where its levels do not divide the image."
     import torch
@@ -199,7 +199,7 @@ def _new_model(config: dict, preset: dict, seed: int):
         raise HybridVAEError(f"the preset {preset['name']!r} does not suit images of {size} x {size} pixels ({error}): choose another "
                              "--preset, or prepare the images in another size.") from error
 
-
+# %% ../nbs/91_cli.ipynb #cc17b226
 def train_model(
     model,  # untrained, or with a trained VAE in it
     settings: dict,  # arguments of `TrainConfig`
@@ -314,7 +314,7 @@ def train(
     following = ["hybridvae", "sample", "--weights", str(out / "model.safetensors"), "--n", "64", "--out", str(out / "more.png")]
     print(f"weights: {out / 'model.safetensors'}\nsamples: {out / 'samples.png'}\nnext: {shlex.join(following)}")
 
-
+# %% ../nbs/91_cli.ipynb #835a4522
 def _only_vae(weights: str, image_size: int):
     "The VAE in a weights file, for images of this size."
     from hybridvae.core import HybridVAEError
@@ -351,7 +351,7 @@ def load_generator(weights: str, cpu: bool = False):
         raise HybridVAEError(f"{weights} holds a {type(model).__name__}, which draws no images: give the weights of a generator.")
     return model.to(default_device(cpu), memory_format=torch.channels_last)
 
-
+# %% ../nbs/91_cli.ipynb #3adfced0
 def _ready(weights: str, cpu: bool):
     "As `load_generator`, after saying in which precision it will work."
     model = load_generator(weights, cpu)
@@ -369,7 +369,7 @@ def _in_a_sentence() -> Iterator[None]:
     except ValueError as error:
         raise HybridVAEError(f"{str(error).rstrip('.')}.") from error
 
-
+# %% ../nbs/91_cli.ipynb #a4660e70
 def _sampling(model, sampler: str, steps: int, guidance_weight: float = 1.0) -> dict:
     "Options of a model's `sample` and `refine`, checked before anything long begins."
     from hybridvae.core import HybridVAEError
@@ -453,7 +453,7 @@ def _batches(model, n: int, batch: int, seed: int, options: dict, first: int = 0
             images = model.sample(stop - start, generator=image_draws(seed, start, stop), **options)
         yield to_uint8(images).cpu()
 
-
+# %% ../nbs/91_cli.ipynb #a9da9a19
 @app.command(epilog=_examples("sample --weights shapes-diffusevae --n 64 --out samples.png",
                               "sample --weights shapes-vae --prior ex-pde --dataset shapes --n 2000 --out samples.npz",
                               "sample --weights runs/shapes/ddpm/seed0/model.safetensors --sampler ddim --steps 50 --out folder"))
@@ -489,7 +489,7 @@ def sample(
         options["prior"] = _fitted(model, prior, dataset, seed)
     print(f"{n:,} images in {write_images(_batches(model, n, batch, seed, options, first), n, out)}")
 
-
+# %% ../nbs/91_cli.ipynb #529948d8
 def _fitted(model, prior: str, dataset: str, seed: int):
     "The prior, fitted to the codes of a data set's training images."
     from hybridvae.core import HybridVAEError
@@ -517,7 +517,7 @@ def image_files(paths: list[Path]) -> list[Path]:
         found += below if path.is_dir() else [path]
     return found
 
-
+# %% ../nbs/91_cli.ipynb #909138ee
 def read_images(files: list[Path], image_size: int, crop: bool = True):
     """Image files as uint8 (N, 3, H, W): their central squares, resized; or without `crop` as they are, which must be of that size.
 
@@ -541,7 +541,7 @@ def read_images(files: list[Path], image_size: int, crop: bool = True):
                                  "that size, without resizing them afterwards.")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
-
+# %% ../nbs/91_cli.ipynb #bc56a203
 def _code_of(model):
     "The part that encodes and decodes. Raises `HybridVAEError` where there is none."
     from hybridvae.core import HybridVAEError
@@ -559,7 +559,7 @@ def _write_rows(rows: list, out: Path) -> Path:
     rows = [(to_uint8(row) if row.dtype.is_floating_point else row).cpu() for row in rows]
     return write_images(rows, sum(map(len, rows)), out, columns=len(rows[0]))
 
-
+# %% ../nbs/91_cli.ipynb #c895a34c
 @app.command(epilog=_examples("reconstruct --weights shapes-diffusevae --dataset shapes --n 10 --out reconstructions.png",
                               "reconstruct --weights model.safetensors --images photo.jpg --images PHOTOS --out mine.jpg"))
 def reconstruct(
@@ -665,7 +665,7 @@ def _feature_networks(dataset: str, features: str, inception: Path | None, devic
         raise HybridVAEError(f"{features} holds a {type(network).__name__}, which measures nothing: give the weights of a feature network.")
     return [network, *standard]
 
-
+# %% ../nbs/91_cli.ipynb #f9a3657c
 def _image_batches(path: Path, n: int | None, image_size: int) -> tuple[int, Iterator]:
     "How many images there are in a folder or an .npz file, n at most, and they themselves: uint8 (B, 3, H, W)."
     import numpy as np
@@ -692,7 +692,7 @@ def _image_batches(path: Path, n: int | None, image_size: int) -> tuple[int, Ite
     n = n or found
     return n, (part(start, min(start + 200, n)) for start in range(0, n, 200))
 
-
+# %% ../nbs/91_cli.ipynb #0152093e
 @app.command(epilog=_examples("evaluate --weights shapes-vae --dataset shapes --n 500 --cpu",
                               "evaluate --weights model.safetensors --dataset cifar10 --n 50000 --inception WEIGHTS --json metrics.json",
                               "evaluate --images samples.npz --dataset shapes"))
@@ -738,7 +738,7 @@ def evaluate(
         if file is not None:
             _write_evaluation(file, {**what, "dataset": dataset, "data": data.description, **found}, model)
 
-
+# %% ../nbs/91_cli.ipynb #08fcd1c5
 def _measured(model, made, asked: dict, networks: list, sets: dict, seed: int, batch: int) -> dict:
     "The evaluation of a model, or of images that are made already, in the form that records have."
     from hybridvae.metrics import ImageStatistics, compare, describe
@@ -767,7 +767,7 @@ def _print_metrics(title: str, found: dict) -> None:
     for name, metric in found["metrics"].items():
         print(f"  {name:{width}}  {metric['value']:12.4f}  {metric['reference'] or ''}".rstrip())
 
-
+# %% ../nbs/91_cli.ipynb #46fc72eb
 def _write_evaluation(file: Path, content: dict, model) -> None:
     import json
 
@@ -801,7 +801,7 @@ def _picked(entries: list, patterns: list[str]) -> list:
             waiting += [(entry.dataset, entry.features, 0)] if entry.features else []
     return [e for key, e in by_key.items() if key in needed]
 
-
+# %% ../nbs/91_cli.ipynb #fd2c713d
 @app.command(epilog=_examples("campaign --list", "campaign --dataset cifar10 --minutes 55", "campaign --dry-run --dataset celeba64",
                               'campaign --dataset shapes --experiment "diffusevae-*" --cpu'))
 def campaign(
@@ -840,7 +840,7 @@ def campaign(
         finally:
             print(_count(entries, runs))
 
-
+# %% ../nbs/91_cli.ipynb #cd5821fb
 def _count(entries: list, runs: Path) -> str:
     from hybridvae.campaign import state
 
@@ -874,7 +874,7 @@ BENCH_OPTIONS = {"peers": {"batch", "rounds", "tiny"}, "growth": {"rounds", "tin
                  "profile": {"dataset", "experiment", "batch", "sampler", "steps"}}  # beside --out and --cpu
 PROFILED = ["ddpm", "diffusevae-form1", "latent", "latent-mlp"]  # experiments, unless named
 
-
+# %% ../nbs/91_cli.ipynb #2d1f9713
 @app.command(epilog=_examples("bench --out bench.json", "bench growth --rounds 3", "bench times --dataset shapes --cpu",
                               'bench profile --experiment vae --experiment "diffusevae-*" --batch 50 --cpu'))
 def bench(
@@ -902,7 +902,7 @@ def bench(
     else:
         _compare(what, batch, rounds, tiny, out or Path("bench.json"), cpu)
 
-
+# %% ../nbs/91_cli.ipynb #d7fd86a5
 def _made_by(dataset: str, patterns: list[str]) -> list:
     "The entries of seed 0 that match and make images. Raises `HybridVAEError` where none does."
     from hybridvae.core import MODELS, HybridVAEError
@@ -1079,7 +1079,7 @@ def _report_source() -> Path:
         raise HybridVAEError(f"{source} is missing: the report needs a clone of the repository, not only the package.")
     return source
 
-
+# %% ../nbs/91_cli.ipynb #f80acc69
 def render_report(runs: Path) -> Path:
     "Execute a copy of the report over the records in `runs` and the committed ones; return the HTML file."
     import nbformat
@@ -1102,7 +1102,7 @@ def render_report(runs: Path) -> Path:
         tmp.write_text(html)
     return target
 
-
+# %% ../nbs/91_cli.ipynb #d893a840
 @app.command(epilog=_examples("report", "report --runs elsewhere --cpu"))
 def report(
     runs: Runs = Path("runs"),

@@ -59,7 +59,7 @@ def derive_seed(*keys: int | str) -> int:
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
-
+# %% ../nbs/00a_core.ipynb #5d758d8e
 class Draws:
     """All random numbers of one training step, the leading dimension cut into slices with a generator each.
 
@@ -143,7 +143,7 @@ def choose(weights: torch.Tensor, n: int, source: Source = None) -> torch.Tensor
 # %% ../nbs/00a_core.ipynb #cell-014
 MODELS: dict[str, type] = {}
 
-
+# %% ../nbs/00a_core.ipynb #d96a6e1e
 class Model(nn.Module):
     """Base of all models. A subclass sets `self.config` to its JSON-able arguments and defines `training_loss`.
 
@@ -199,7 +199,7 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-
+# %% ../nbs/00a_core.ipynb #479f2013
 def build_model(config: dict) -> Model:
     """The untrained model of any class, from its config.
 
@@ -428,7 +428,7 @@ def _to_int8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             packed[f"{name}.int8_scale"] = scale
     return packed
 
-
+# %% ../nbs/00a_core.ipynb #ee8da46a
 def _from_int8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     scales = {name.removesuffix(".int8_scale"): t for name, t in state.items() if name.endswith(".int8_scale")}
     dequantised = {name: state[name].float() * s.reshape(-1, *[1] * (state[name].ndim - 1)) for name, s in scales.items()}

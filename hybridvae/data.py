@@ -97,7 +97,7 @@ def _as_tensor(array: np.ndarray) -> torch.Tensor:
     "The array's memory as a tensor; a copy where that memory cannot be written (a mapped file) or is not in order."
     return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else np.array(array))
 
-
+# %% ../nbs/00b_data.ipynb #e88a6d70
 @dataclasses.dataclass
 class ImageData:
     "A split of a data set: images in memory or in a memory-mapped file, and what is known of each."
@@ -177,7 +177,7 @@ class ImageData:
         "The first n images (all if None) as models take them: float32 (n, 3, H, W) in [-1, 1], on the CPU."
         return to_float(_as_tensor((self if n is None else self.first(n)).images))
 
-
+# %% ../nbs/00b_data.ipynb #79182e9f
 def _factor_is(column: np.ndarray, name: str, value) -> np.ndarray:
     "Where a factor of Shapes is `value`: a shape's name or number, or in the range (low, high)."
     if name == "shape":

@@ -225,7 +225,7 @@ def _condition_agreement(model, m: Material) -> dict:
     pairs = [model.sample_pairs(k, generator=drawn, steps=m.steps) for k, drawn in m.parts()]
     return condition_agreement(*(torch.cat(part) for part in zip(*pairs)), m.features)
 
-
+# %% ../nbs/01_diffusevae.ipynb #701693e4
 @study("prior_gap")
 def prior_gap(model, m: Material) -> dict:
     """Distance to the held-out images of x̂ and of its refinement, with codes of real images, from N(0, I) and ex-PDE.
@@ -254,7 +254,7 @@ def prior_gap(model, m: Material) -> dict:
 
 ROBUSTNESS_LEVELS = (0.0, 0.1, 0.2, 0.4, 0.8)  # standard deviation of the noise
 
-
+# %% ../nbs/01_diffusevae.ipynb #b877df24
 @study("robustness")
 def robustness(model, m: Material) -> dict:
     "Distance to the held-out images as a function of noise added to x̂ (range [-1, 1]) and to z (of order 1)."
@@ -272,7 +272,7 @@ def robustness(model, m: Material) -> dict:
             found[f"noise on {where}"].append(frechet_distance(seen.features, m.heldout.features))
     return found
 
-
+# %% ../nbs/01_diffusevae.ipynb #601cf0a0
 @study("path_length")
 def code_path_length(model, m: Material) -> dict:
     "Perceptual path length of x̂ and, with the noise held fixed, of its refinement (Karras et al. 2019)."

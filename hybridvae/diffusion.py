@@ -41,7 +41,7 @@ def _choice(name: str, value: str, allowed) -> str:
         raise ValueError(f"{name} is {value!r}: choose from {', '.join(allowed)}")
     return value
 
-
+# %% ../nbs/00e_diffusion.ipynb #05642b96
 class GaussianDiffusion:
     """The forward process, its loss and its samplers (Ho et al. 2020), with an optional shift (DiffuseVAE's form 2).
 

@@ -112,7 +112,7 @@ class GradientNorm(Balance):
 # %% ../nbs/02_joint_training.ipynb #cell-016
 GRADIENT_TO = ("none", "decoder", "both")
 
-
+# %% ../nbs/02_joint_training.ipynb #1998868d
 class JointDiffuseVAE(DiffuseVAE):
     """A DiffuseVAE whose VAE is trained with the refiner: -ELBO + λ · diffusion, whose gradient passes x̂ (and z).
 
@@ -221,7 +221,7 @@ class JointDiffuseVAE(DiffuseVAE):
         "As in `VAE.measures`."
         return self.vae.measures(train, test, features)
 
-
+# %% ../nbs/02_joint_training.ipynb #33bfc667
 def code_use(mu: torch.Tensor, logvar: torch.Tensor) -> dict[str, torch.Tensor]:
     """Active units (variance of μ over the batch above 0.01; Burda et al. 2016), and the KL in nats of single dimensions of the
     code: its least, quartiles and largest."""

@@ -157,7 +157,7 @@ class LatentDiffusion(Model):
         "The denoiser and the VAE's parts."
         return [self.latent.denoiser, *self.vae.networks()]
 
-
+# %% ../nbs/04_latent_diffusion.ipynb #e29c10b9
 def _codes(latent: DiffusionPrior, n: int, prior, sampler: str, steps: int, generator: Source) -> torch.Tensor:
     "n codes, of the diffusion or of another prior."
     return latent.sample(n, generator, sampler=sampler, steps=steps) if prior is None else prior.sample(n, generator)
@@ -341,7 +341,7 @@ def _flops(config: str, asked: str) -> int:
     once, twice = (count_flops(lambda: model.sample(1, steps=k, **options)) for k in (1, 2))
     return once + (steps - 1) * (twice - once)
 
-
+# %% ../nbs/04_latent_diffusion.ipynb #8b9e3aa5
 def gain(records: list[dict], experiment: str, against: str, **asked) -> dict | None:
     """What a latent model gains over a pixel model of the same data set, over the seeds; None where either has no record. Both in their main evaluation, the
     first in that with the options asked for, such as `refine_steps`.

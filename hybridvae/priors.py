@@ -19,7 +19,7 @@ from .core import HybridVAEError, Source, choose, derive_seed, randn
 # %% ../nbs/00c_priors.ipynb #cell-006
 PRIORS: dict[str, type] = {}
 
-
+# %% ../nbs/00c_priors.ipynb #7b08c1c0
 class Prior(nn.Module):
     """Base of all priors. `config` is JSON-able, its key `prior` names the class; `sample` draws its noise from a generator
     or, by image, from `Draws`. Computed in float32, also under autocast.
@@ -52,7 +52,7 @@ class Prior(nn.Module):
         "n latent codes (n, dim), on the generator's device, without gradients."
         raise NotImplementedError
 
-
+# %% ../nbs/00c_priors.ipynb #a0739a9a
 def build_prior(config: dict) -> Prior:
     """The prior of any class, from its config; `load_state_dict` then restores its parameters.
 
@@ -115,7 +115,7 @@ class GaussianMixture(Prior):
         with torch.autocast(noise.device.type, enabled=False):
             return self.means.to(noise.device)[which] + (self.roots.to(noise.device)[which] @ noise)[:, :, 0]
 
-
+# %% ../nbs/00c_priors.ipynb #2a03773d
 def fit_mixture(
     codes: torch.Tensor,  # (N, D), drawn from q(z|x) of training images
     components: int = 50,  # K
@@ -162,7 +162,7 @@ def _draw_mixture(n, weights, mu, logvar, generator):
     which, noise = choose(weights, n, generator), randn((n, mu.shape[1]), generator)
     return mu.to(noise.device)[which] + (0.5 * logvar).exp().to(noise.device)[which] * noise
 
-
+# %% ../nbs/00c_priors.ipynb #956f11b3
 class MoGPrior(Prior):
     """p(z) = Σ_k π_k N(z; μ_k, diag σ_k²) with learned π, μ and σ, the mixture-of-Gaussians prior of Tomczak & Welling (2018).
 

@@ -73,7 +73,7 @@ class Entry:
         key = {"dataset": self.dataset, "subset": self.subset, "experiment": self.experiment, "seed": self.seed}
         return record_path(runs, key).with_suffix("")
 
-
+# %% ../nbs/00i_runs.ipynb #c7c2053b
 OPTIONS = ("sampler", "steps", "n", "prior", "guidance_weight", "eta", "variance",
            "uncertainty", "strength", "start", "ramp", "shuffled", "refine_steps")  # what an evaluation may ask for
 
@@ -354,7 +354,7 @@ class _Job:
             path = path.with_name(path.stem + (name and f"-{name}") + (".png" if model.image_shape[-1] < 64 else ".jpg"))
             save_grid(images, path, columns=side)
 
-
+# %% ../nbs/00i_runs.ipynb #d8637c00
 def _sources(data: ImageData) -> dict[str, np.ndarray] | None:
     "CelebA-64's images by the size of their originals, where the numbers of the full-size ones are known: floors differ."
     path = data_root() / "celeba256" / "train_ids.npy"
@@ -383,7 +383,7 @@ def _sampling_flops(model: Model, evaluations: Iterable[dict]) -> float:
     once, twice = (count_flops(lambda: model.sample(1, steps=steps, generator=image_draws(0, 0, 1))) for steps in (1, 2))
     return float(sum(n * (once + (steps - 1) * (twice - once)) for n, steps in asked))
 
-
+# %% ../nbs/00i_runs.ipynb #5eb30a25
 def _measured_by(device) -> dict:
     return {k: v for k, v in provenance(device).items() if k in ("commit", "dirty", "device")}
 
@@ -397,7 +397,7 @@ def _read(path: Path, *keys: str) -> dict:
         raise HybridVAEError(f"{path} is damaged ({error!r}): remove it and run again.") from error
     return content
 
-
+# %% ../nbs/00i_runs.ipynb #c23bf629
 class _Progress:
     "Evaluations and studies of these very weights that are done, kept beside them until the record is written."
 
@@ -481,7 +481,7 @@ def metric_over_seeds(records: list[dict], experiment: str, metric: str, **asked
             found += [values[metric]] if metric in values else []
     return found
 
-
+# %% ../nbs/00i_runs.ipynb #cd7dac80
 def results_table(records: list[dict], kinds: tuple = ("FD", "KID", "class score", "precision", "recall", "density", "coverage")):
     """A pandas table of the main evaluation, one row for each experiment: metrics by kind, time, steps, n and number of seeds.
 
@@ -507,7 +507,7 @@ def mean_and_spread(values: list[float], digits: int = 2) -> str:
     mean = f"{statistics.fmean(values):,.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
-
+# %% ../nbs/00i_runs.ipynb #c8cddb33
 def beyond_spread(a: list[float], b: list[float]) -> bool | None:
     "Whether every value of one list is below every value of the other; None with fewer than three seeds in either: no claim."
     if min(len(a), len(b)) < 3:

@@ -36,7 +36,7 @@ from .data import Batches, ImageData
 # %% ../nbs/00g_training.ipynb #cell-006
 PRECISIONS = ("auto", "bf16", "fp32")
 
-
+# %% ../nbs/00g_training.ipynb #9dcb2327
 @dataclasses.dataclass
 class TrainConfig:
     "How a model is trained. All of it goes into the config hash: two runs with equal hash and seed are the same run."
@@ -161,7 +161,7 @@ def compiler_works(device_type: str) -> bool:
         return False
     return True
 
-
+# %% ../nbs/00g_training.ipynb #b8910b0e
 def choose_compile(device: torch.device, flops: float) -> bool:
     """Whether networks that have so many floating-point operations ahead are compiled: the one place that decides.
 
@@ -279,7 +279,7 @@ class _Loss(torch.nn.Module):
     def forward(self, x, y, draws):
         return self.model.training_loss(x, y, draws=draws)
 
-
+# %% ../nbs/00g_training.ipynb #a1d1e4bb
 @dataclasses.dataclass
 class TrainResult:
     "What `train` returns; the model itself then holds the averaged weights, if finished."
@@ -305,7 +305,7 @@ class TrainResult:
 
 POINTS = 10  # of the history: more held-out images than this would take a tenth of a short run
 
-
+# %% ../nbs/00g_training.ipynb #095a6ec0
 @contextlib.contextmanager
 def _own_settings():
     """Within it Accelerate's environment variables are hidden: the config decides what is computed.
@@ -319,7 +319,7 @@ def _own_settings():
     finally:
         os.environ.update(hidden)
 
-
+# %% ../nbs/00g_training.ipynb #c4b30177
 def train(
     model: Model,  # trained in place
     data: ImageData,  # training images

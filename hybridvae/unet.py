@@ -49,7 +49,7 @@ class EmbeddedBlock(nn.Module):
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
         return self.shortcut(x) + self.conv2(self.dropout(h))
 
-
+# %% ../nbs/00f_unet.ipynb #e57db88f
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     "softmax(q kᵀ / √d) v for q, k and v of shape (B, heads, N, d) (Vaswani et al. 2017, equation 1)."
     if q.is_cuda:

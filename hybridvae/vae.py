@@ -233,5 +233,5 @@ class VAE(Model):
                 _FITTED[name] = key, fit_by_name(name, self.codes(data).to(self.device), seed, images, self.encode)
         return _FITTED[name][1]
 
-
+# %% ../nbs/00d_vae.ipynb #03bf0a7c
 _FITTED: dict[str, tuple] = {}  # the last prior of each name: models with the same VAE share it
