@@ -97,7 +97,8 @@ class Adaptation:
             value = self.uncertainty(x_hat, z).float()
         return torch.searchsorted(edges, value.contiguous()).clamp(max=len(edges) - 1) / (len(edges) - 1)
 
-    def __call__(self, x_hat: torch.Tensor, z: torch.Tensor, steps: int, generator: Source = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, x_hat: torch.Tensor, z: torch.Tensor, steps: int,
+                 generator: Source = None) -> tuple[torch.Tensor, torch.Tensor]:
         rank, (first, last) = self.rank(x_hat, z), self.ramp
         if self.shuffled:  # ranks among the prior's draws are uniform, so another draw's rank is a uniform number
             rank = (rand((len(z),), generator).to(rank) * 100).ceil() / 100  # as fine as ranks from 101 quantiles
@@ -186,7 +187,8 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
 
     @torch.no_grad()
     def refine(self, x_hat: torch.Tensor, z: torch.Tensor | None = None, *, adaptation: Adaptation | None = None, sampler: str = "dpmpp",
-               steps: int = 20, generator: Source = None, noise: torch.Tensor | None = None, guidance_weight: float = 1.0,
+               steps: int = 20, generator: Source = None, noise: torch.Tensor | None = None,
+               guidance_weight: float = 1.0,
                **options) -> torch.Tensor:
         """As in `DiffuseVAE.refine`, with the trust that `adaptation` gives each plan; full trust without it.
 
@@ -400,11 +402,13 @@ def compare_ways(model, m: Material) -> dict:
         adaptation = model.sampling_options(asked, m.train, m.seed).get("adaptation")
 
         def refine(images, codes, other):
+            batches = zip(images.split(m.batch), codes.split(m.batch), m.parts(len(codes), other))
             return torch.cat([model.refine(a, b, adaptation=adaptation, generator=noise, steps=m.steps)
-                              for a, b, (_, noise) in zip(images.split(m.batch), codes.split(m.batch), m.parts(len(codes), other))])
+                              for a, b, (_, noise) in batches])
         refined = refine(x_hat, z, 1)
         features = extract(m.features, to_uint8(refined).cpu())
-        several = torch.stack([features[:m.n], *(extract(m.features, to_uint8(refine(x_hat[:m.n], z[:m.n], 1 + i)).cpu()) for i in (1, 2))])
+        others = [to_uint8(refine(x_hat[:m.n], z[:m.n], other)).cpu() for other in (2, 3)]
+        several = torch.stack([features[:m.n], *(extract(m.features, images) for images in others)])
         apart = lambda a, b: (a - b).norm(dim=1).mean().item()
         if not asked:
             found["uncertainties"] = {key: by_quarter(key, features) for key in UNCERTAINTIES}

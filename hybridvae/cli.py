@@ -62,10 +62,12 @@ def _sets(variable: str):
     return callback
 
 
-Precision = Annotated[Literal["auto", "bf16", "fp32"], typer.Option(envvar="HYBRIDVAE_PRECISION", callback=_sets("HYBRIDVAE_PRECISION"),
-                      help="of the networks; auto: bf16 where the hardware is fast at it. Metrics are always in full precision")]
-Compile = Annotated[Literal["auto", "on", "off"], typer.Option("--compile", envvar="HYBRIDVAE_COMPILE", callback=_sets("HYBRIDVAE_COMPILE"),
-                    help="compile the networks; auto: where the work ahead is long enough and a compiler works")]
+Precision = Annotated[Literal["auto", "bf16", "fp32"], typer.Option(
+    envvar="HYBRIDVAE_PRECISION", callback=_sets("HYBRIDVAE_PRECISION"),
+    help="of the networks; auto: bf16 where the hardware is fast at it. Metrics are always in full precision")]
+Compile = Annotated[Literal["auto", "on", "off"], typer.Option(
+    "--compile", envvar="HYBRIDVAE_COMPILE", callback=_sets("HYBRIDVAE_COMPILE"),
+    help="compile the networks; auto: where the work ahead is long enough and a compiler works")]
 
 
 def _say_how(device) -> None:
@@ -217,7 +219,8 @@ def train_model(
     import dataclasses
     import json
 
-    from hybridvae.core import HybridVAEError, image_draws, load_model, provenance, save_grid, save_model, weights_hash, write_json
+    from hybridvae.core import (HybridVAEError, image_draws, load_model, provenance, save_grid, save_model, weights_hash,
+                                write_json)
     from hybridvae.data import Batches
     from hybridvae.training import TrainConfig, autocast, eager, train
 
@@ -248,7 +251,8 @@ def train_model(
     for name, pictures in shown.items():
         save_grid(pictures, out / f"samples{name and f'-{name}'}.png", columns=10)
     write_json(note, asked | {"kimg": result.step * config.batch_size / 1000, "train_seconds": result.seconds, "precision": result.precision,
-                              "compiled": result.compiled, "parts": result.parts, "peak_memory_bytes": result.peak_memory_bytes, "weights_hash": weights_hash(model),
+                              "compiled": result.compiled, "parts": result.parts,
+                              "peak_memory_bytes": result.peak_memory_bytes, "weights_hash": weights_hash(model),
                               "history": result.history, **provenance(model.device)})
     return True
 
@@ -467,7 +471,7 @@ def sample(
     prior: Annotated[Literal["ex-pde", "mog", "vamp", "realnvp", "maf"] | None, typer.Option(help="draw codes from a prior fitted to those of --dataset: a mixture (ex-pde, mog), a VampPrior, a flow (realnvp, maf)")] = None,
     dataset: Annotated[str, typer.Option(help="whose training images --prior is fitted to")] = "",
     seed: Seed = 0,
-    first: Annotated[int, typer.Option(min=0, help="number of the first image of the seed: several machines can share a set")] = 0,
+    first: Annotated[int, typer.Option(min=0, help="number of the first image: several machines can share a set")] = 0,
     batch: Batch = 100,
     out: Annotated[Path, typer.Option(help="x.png or x.jpg: a grid; x.npz: an array; else a folder of PNG files")] = Path("samples.png"),
     cpu: Cpu = False,
@@ -588,7 +592,9 @@ def reconstruct(
     real = read_images(image_files(images)[:n], size) if images else _data_for(model, dataset, "test").first(n).tensor()
     x = to_float(real.permute(0, 2, 3, 1)).to(model.device)
     with _in_a_sentence(), torch.no_grad(), autocast(model.device):
-        rows = model.reconstruct(x, generator=image_draws(seed, 0, len(x)), **options) if hasattr(model, "refine") else [vae.reconstruct(x)]
+        rows = [vae.reconstruct(x)]
+        if hasattr(model, "refine"):
+            rows = model.reconstruct(x, generator=image_draws(seed, 0, len(x)), **options)
     print(f"{len(x)} images, in rows: image, x̂{', refinement' if hasattr(model, 'refine') else ''}; in {_write_rows([real, *rows], out)}")
 
 # %% ../nbs/91_cli.ipynb #cell-023
@@ -879,23 +885,24 @@ PROFILED = ["ddpm", "diffusevae-form1", "latent", "latent-mlp"]  # experiments, 
                               'bench profile --experiment vae --experiment "diffusevae-*" --batch 50 --cpu'))
 def bench(
     ctx: typer.Context,
-    what: Annotated[Measured, typer.Argument(help="against other libraries; by size; all models' sampling; operators")] = "peers",
+    what: Annotated[Measured, typer.Argument(help="other libraries; by size; all models' sampling; operators")] = "peers",
     dataset: Annotated[str, typer.Option(help="times, profile: shapes, cifar10, celeba64 or celeba256")] = "shapes",
-    experiment: Annotated[list[str] | None, typer.Option(help="times, profile: only these, * for any letters; repeatable")] = None,
+    experiment: Annotated[list[str] | None, typer.Option(help="times, profile: only these, * for letters")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="not growth: images at a time")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="not profile: how often each is timed")] = None,
     all: Annotated[bool, typer.Option("--all", help="times: sampling in a thousand steps, too")] = False,
     sampler: Annotated[SamplerName, typer.Option(help="profile: of diffusion models")] = "dpmpp",
     steps: Annotated[int, typer.Option(help="profile: evaluations of the network for an image, 1 to 1000")] = 20,
     tiny: Annotated[bool, typer.Option("--tiny", help="peers, growth: only try it, small and not compiled")] = False,
-    out: Annotated[Path | None, typer.Option(help="bench.json, times-DATASET.json, or of profile the folder profiles")] = None,
+    out: Annotated[Path | None, typer.Option(help="bench.json, times-DATASET.json, or the folder profiles")] = None,
     cpu: Cpu = False,
     precision: Precision = "auto",
 ):
     "Measure how fast this machine trains and samples, and what the time is spent on."
     _refuse(ctx, sorted(set().union(*BENCH_OPTIONS.values()) - BENCH_OPTIONS[what]), f"bench {what}")
     if what == "profile":
-        _profile(_made_by(dataset, experiment or PROFILED), dataset, batch, sampler, steps, out or Path("profiles"), cpu)
+        chosen = _made_by(dataset, experiment or PROFILED)
+        _profile(chosen, dataset, batch, sampler, steps, out or Path("profiles"), cpu)
     elif what == "times":
         target = out or Path(f"times-{dataset}.json")
         _time_models(_made_by(dataset, experiment or ["*"]), batch or 50, rounds or 3, all, target, cpu)

@@ -119,7 +119,7 @@ Source = torch.Generator | Draws | None  # what random numbers come from; None: 
 
 
 def randn(shape: tuple[int, ...], source: Source = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    "Standard normal numbers of this shape, on the source's device (on the CPU without one); torch's default type unless given."
+    "Standard normal numbers of this shape, on the source's device (the CPU without one); torch's default type unless given."
     if isinstance(source, Draws):
         return source.randn(*shape).to(dtype or torch.get_default_dtype())
     return torch.randn(shape, generator=source, dtype=dtype, device="cpu" if source is None else source.device)
@@ -239,8 +239,8 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     Raises `HybridVAEError` where a number is not finite: as bytes it would be an ordinary black pixel.
     """
     if not torch.isfinite(x).all():
-        raise HybridVAEError("the images hold numbers that are not finite: look at the weights that made them, or compute in "
-                             "full precision (fp32).")
+        raise HybridVAEError("the images hold numbers that are not finite: look at the weights that made them, or compute "
+                             "in full precision (fp32).")
     return x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 # %% ../nbs/00a_core.ipynb #cell-021

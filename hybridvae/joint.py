@@ -211,7 +211,8 @@ class JointDiffuseVAE(DiffuseVAE):
 
         That is when fewer than a tenth of its dimensions are active, or x̂ explains less than a tenth of the images' variance.
         """
-        late = [{k: p.get(f"heldout_{k}", p[k]) for k in ("active_units", "explained")} for p in history[POINTS // 5:][-2:]]
+        late = history[POINTS // 5:][-2:]
+        late = [{k: p.get(f"heldout_{k}", p[k]) for k in ("active_units", "explained")} for p in late]
         for key, least in (("active_units", 0.1 * self.vae.z_dim), ("explained", 0.1)):
             if len(late) == 2 and all(p[key] < least for p in late):
                 return f"collapse at {history[-1]['kimg']:g} kimg: {key} {late[-1][key]:.3g}, less than {least:.3g}"

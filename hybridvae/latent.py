@@ -97,7 +97,8 @@ class DiffusionPrior(nn.Module):
         return self.from_noise(noise.to(self.mean.device), generator, **options).to(noise.device)
 
     @torch.no_grad()
-    def from_noise(self, noise: torch.Tensor, generator: Source = None, *, sampler: str | None = None, steps: int | None = None) -> torch.Tensor:
+    def from_noise(self, noise: torch.Tensor, generator: Source = None, *, sampler: str | None = None,
+                   steps: int | None = None) -> torch.Tensor:
         "The codes (B, D) that the reverse process makes of noise (B, *code_shape)."
         code = self.diffusion.sample(self.denoiser, noise, sampler or self.sampler, steps or self.steps, generator=generator, clip=False)
         return (code * self.deviation + self.mean).flatten(1)
@@ -141,7 +142,8 @@ class LatentDiffusion(Model):
         return {"loss": loss, "loss_per_image": loss.detach() * z.shape[1]}
 
     @torch.no_grad()
-    def sample(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, generator: Source = None) -> torch.Tensor:
+    def sample(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20,
+               generator: Source = None) -> torch.Tensor:
         "n images (n, C, H, W) in [-1, 1]; of codes from another `prior`, which needs no steps, if one is given."
         return self.vae.decode(_codes(self.latent, n, prior, sampler, steps, generator).to(self.device)).clamp(-1, 1)
 
@@ -202,8 +204,8 @@ class LatentDiffuseVAE(DiffuseVAE):
         return super().refine(x_hat, z, steps=steps, start=start, noise=noise, generator=generator, **options)
 
     @torch.no_grad()
-    def sample_pairs(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, refine_steps: int = 4, generator: Source = None,
-                     **options) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample_pairs(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, refine_steps: int = 4,
+                     generator: Source = None, **options) -> tuple[torch.Tensor, torch.Tensor]:
         "n plans and their refinements; z from another `prior` if one is given, which needs no steps. Options as in `refine`."
         z = _codes(self.latent, n, prior, sampler, steps, generator).to(self.device)
         x_hat = self.vae.decode(z)
@@ -219,14 +221,16 @@ def reconstruction_ceiling(model, m: Material) -> dict:
     """What no model of these codes can pass: metrics against the held-out images of the first n training images themselves, of what the VAE makes of
     them from the mean and from a drawn code, and, where there is a refiner, of its refinement of the latter."""
     vae, draws = getattr(model, "vae", model), Draws(m.seed, 0, device=model.device)
-    seen, first = {name: ImageStatistics(m.features) for name in ("images", "mean code", "drawn code", *["refined"] * hasattr(model, "refine"))}, 0
+    names, first = ["images", "mean code", "drawn code", *["refined"] * hasattr(model, "refine")], 0
+    seen = {name: ImageStatistics(m.features) for name in names}
     for images in m.train.first(min(m.n, len(m.train))).batches(m.batch):
         x = to_float(images.permute(0, 2, 3, 1).to(model.device))
         mu, logvar = vae.encode(x)
         z = reparameterize(mu, logvar, draws.randn(*mu.shape))
         x_hat = vae.decode(z)
         found = {"images": x, "mean code": vae.decode(mu), "drawn code": x_hat}
-        found |= {"refined": model.refine(x_hat, z, generator=image_draws(m.seed, first, first + len(x)))} if "refined" in seen else {}
+        if "refined" in seen:
+            found["refined"] = model.refine(x_hat, z, generator=image_draws(m.seed, first, first + len(x)))
         first += len(x)
         for name, made in found.items():
             seen[name].add(to_uint8(made))
@@ -356,11 +360,14 @@ def gain(records: list[dict], experiment: str, against: str, **asked) -> dict | 
     if not all(mains) or None in mains[0]:
         return None
     name = next(m for m in mains[0][0]["metrics"] if m.startswith("FD (") and " to " not in m)
-    if len({(*(e[k] for k in ("sampler", "steps", "n")), e["metrics"].get(name, {}).get("hash")) for e in sum(mains, [])}) > 1:
-        raise HybridVAEError(f"{experiment} and {against} were measured with another sampler, number of steps, n or feature network: evaluate them alike.")
+    measured = lambda e: (e["sampler"], e["steps"], e["n"], e["metrics"].get(name, {}).get("hash"))
+    if len(set(map(measured, sum(mains, [])))) > 1:
+        raise HybridVAEError(f"{experiment} and {against} were measured with another sampler, number of steps, n or feature "
+                             "network: evaluate them alike.")
     fd, mean = [[e["metrics"][name]["value"] for e in part] for part in mains], statistics.fmean
     options = lambda e: {k: e[k] for k in OPTIONS if k in e}
-    seconds = [time_of(part[0]["dataset"], part[0]["experiment"], **options(e[0])) for part, e in ((own, mains[0]), (other, mains[1]))]
+    seconds = [time_of(part[0]["dataset"], part[0]["experiment"], **options(e[0]))
+               for part, e in zip((own, other), mains)]
     far, times = mean(fd[0]) / mean(fd[1]), seconds[1] / seconds[0] if all(seconds) else None
     return {"FD": fd, "seconds per image": seconds, "distance": far, "times less time": times,
             "times fewer operations": sampling_flops(other[0]) / sampling_flops(own[0], mains[0][0]),

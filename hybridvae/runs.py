@@ -99,7 +99,7 @@ def evaluate(
     check: Callable = lambda: None,  # called before each batch: raises to stop
     progress: bool = True,  # show a bar
 ) -> dict:
-    "One entry of a record's `evaluations`: all metrics of n samples, drawn by image (`core.image_draws`), and time per image."
+    "One entry of a record's `evaluations`: metrics of n samples, drawn by image (`core.image_draws`), and time per image."
     n, steps = evaluation["n"], evaluation["steps"]
     asked = {k: v for k, v in (options or evaluation).items() if k != "n"}
     seen, seconds, cuda = [ImageStatistics(network) for network in networks], [], model.device.type == "cuda"
@@ -136,7 +136,7 @@ class Material:
     steps: int = 20  # network evaluations of a sample
 
     def parts(self, n: int | None = None, other: int = 0) -> list[tuple[int, Draws]]:
-        "n images (as many as above unless given), cut into batches: how many, and what they are drawn from; `other` names other noise."
+        "n images (as above unless given) in batches: how many, and what they are drawn from; `other` names other noise."
         n = n or self.n
         stops = [(start, min(start + self.batch, n)) for start in range(0, n, self.batch)]
         return [(stop - start, image_draws(self.seed + other, start, stop)) for start, stop in stops]
@@ -242,7 +242,8 @@ class _Job:
             raise HybridVAEError(f"{folder} holds a run with another config or seed: choose another folder or remove it.")
         found = self.data(entry)[0].fingerprint
         if trained.get("data_hash", found) != found:
-            raise HybridVAEError(f"{folder} holds a run on other images: choose another folder, or prepare the same images again.")
+            raise HybridVAEError(f"{folder} holds a run on other images: choose another folder, or prepare the same images "
+                                 "again.")
         return load_model(folder / "model.safetensors"), trained
 
     def train(self, entry: Entry) -> tuple[Model, dict]:
@@ -260,21 +261,23 @@ class _Job:
             if entry.train is None and hasattr(parent, "vae") and weights_hash(parent.vae) != weights_hash(model.vae):
                 raise HybridVAEError(f"{entry.experiment} is put together from parts of different VAEs, the last from {name}: train its parts again in an empty folder.")
         data, test = self.data(entry)
-        self.say(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {count_parameters(model, trainable=True):,} parameters, "
-                 f"{choose_precision(default_device(self.cpu), entry.precision)} on {device_name(default_device(self.cpu))}")
+        device = default_device(self.cpu)
+        self.say(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {count_parameters(model, trainable=True):,} "
+                 f"parameters, {choose_precision(device, entry.precision)} on {device_name(device)}")
         config, folder = TrainConfig(**entry.train or {}), entry.folder(self.runs)
         if entry.train is None:
             result = TrainResult(True, None, 0, 0.0, [], 0, [])
         else:
-            result = train(model, data, config, folder, entry.seed, test, self.clock.left(), cpu=self.cpu, progress=self.progress)
+            result = train(model, data, config, folder, entry.seed, test, self.clock.left(), cpu=self.cpu,
+                           progress=self.progress)
         if not result.finished:
             raise TimeUp
         if isinstance(model, FeatureModel):  # shipped in half precision: measure with what is shipped
             model.load_state_dict({k: v.half().to(v.dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()})
         images = result.step * config.batch_size
         trained = {"config_hash": config_hash(entry.config), "kimg": images / 1000, **provenance(model.device),
-                   "precision": result.precision, "compiled": result.compiled, "parts": result.parts, "data_hash": data.fingerprint,
-                   "train_seconds": result.seconds,
+                   "precision": result.precision, "compiled": result.compiled, "parts": result.parts,
+                   "data_hash": data.fingerprint, "train_seconds": result.seconds,
                    "train_images_per_second": images / max(result.seconds, 1e-9), "peak_memory_bytes": result.peak_memory_bytes,
                    "depends_on": parents, "history": result.history, **({"stopped": result.stopped} if result.stopped else {})}
         save_model(model, folder / "model.safetensors")
@@ -311,8 +314,8 @@ class _Job:
         for evaluation in entry.evaluations:
             if done.lacks(evaluation):
                 options = model.sampling_options(_asked(evaluation), data, entry.seed)
-                done.add(evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch, entry.precision,
-                                  check=self.clock.check, progress=self.progress) | _measured_by(device))
+                done.add(evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch,
+                                  entry.precision, check=self.clock.check, progress=self.progress) | _measured_by(device))
         with eager(), autocast(device, entry.precision):
             material = Material(data, test, networks[0], references[0]["held-out"], entry.n_study, entry.batch, steps=entry.steps_study) if networks else None
             for name in entry.studies:
@@ -339,7 +342,8 @@ class _Job:
         return {
             "experiment": entry.experiment, "dataset": entry.dataset, "subset": entry.subset, "seed": entry.seed,
             "data": data.description, "config": entry.config, **trained,
-            "measured_precision": choose_precision(model.device, entry.precision), "parameters": count_parameters(model, trainable=True),
+            "measured_precision": choose_precision(model.device, entry.precision),
+            "parameters": count_parameters(model, trainable=True),
             "flops_per_image": count_flops(lambda: model.training_loss(*example, draws=draws)),
             "weights_hash": weights_hash(model), "evaluations": sorted(done.evaluations, key=place), **done.studies,
             **model.measures(data, test, networks[0] if networks else None), **landmarks,
@@ -348,7 +352,8 @@ class _Job:
     def pictures(self, entry: Entry, model: Model) -> None:
         "Uncurated samples beside the record: ten by ten, five by five of large images."
         first, side = entry.evaluations[0], 10 if model.image_shape[-1] < 128 else 5
-        shown = model.showcase(side * side, image_draws(entry.seed, 0, side * side), sampler=first["sampler"], steps=first["steps"])
+        draws = image_draws(entry.seed, 0, side * side)
+        shown = model.showcase(side * side, draws, sampler=first["sampler"], steps=first["steps"])
         for name, images in shown.items():
             path = record_path(self.runs, vars(entry))
             path = path.with_name(path.stem + (name and f"-{name}") + (".png" if model.image_shape[-1] < 64 else ".jpg"))
@@ -380,7 +385,7 @@ def _sampling_flops(model: Model, evaluations: Iterable[dict]) -> float:
     most = 2.0 * count_parameters(model) * sum(n * (steps + 20) for n, steps in asked)  # each parameter at each pixel
     if not asked or (most := most * model.image_shape[-1] ** 2) < min(COMPILE_FROM.values()):
         return most  # too few for anybody to care how many
-    once, twice = (count_flops(lambda: model.sample(1, steps=steps, generator=image_draws(0, 0, 1))) for steps in (1, 2))
+    once, twice = (count_flops(lambda: model.sample(1, steps=k, generator=image_draws(0, 0, 1))) for k in (1, 2))
     return float(sum(n * (once + (steps - 1) * (twice - once)) for n, steps in asked))
 
 # %% ../nbs/00i_runs.ipynb #5eb30a25
@@ -447,16 +452,19 @@ def grid_of(record: dict, kind: str = "") -> Path | None:
 
 # %% ../nbs/00i_runs.ipynb #cell-times-1
 def sampling_times(dataset: str) -> list[dict]:
-    """Rows of the data set's `times.json`, each with experiment, evaluation, seconds per image, quartiles and NFE; your own file before the committed one.
+    """Rows of the data set's `times.json`: experiment, evaluation, seconds per image, quartiles, NFE.
 
-    Empty where nothing was measured. Raises `HybridVAEError` for a damaged file.
+    Your own file comes before the committed one. Empty where nothing was measured. Raises `HybridVAEError` for a damaged file.
     """
     paths = [root / dataset / "times.json" for root in reversed(record_roots())]
     return next((_read(path, "rows")["rows"] for path in paths if path.exists()), [])
 
 
 def time_of(dataset: str, experiment: str, **asked) -> float | None:
-    "Median seconds per image of an experiment with exactly these options (`sampler`, `steps`, ...; n does not count); None where not measured."
+    """Median seconds per image of an experiment with exactly these options (`sampler`, `steps`, ...; n does not count).
+
+    None where it was not measured.
+    """
     asked = json.loads(json.dumps({k: v for k, v in asked.items() if k != "n"}))  # pairs as lists, as in the file
     rows = (r for r in sampling_times(dataset) if (r["experiment"], r["evaluation"]) == (experiment, asked))
     return next((r["seconds_per_image"] for r in rows), None)
@@ -468,7 +476,10 @@ def evaluation_of(record: dict, **asked) -> dict | None:
 
 
 def metric_over_seeds(records: list[dict], experiment: str, metric: str, **asked) -> list[float]:
-    "Values of a metric in an experiment's records, by seed; `nfe` is such, too. `seconds_per_image` has one value, that of `time_of`, or none."
+    """Values of a metric in an experiment's records, by seed; `nfe` is such, too.
+
+    `seconds_per_image` has one value, that of `time_of`, or none.
+    """
     found = []
     for record in sorted((r for r in records if r["experiment"] == experiment), key=lambda r: r["seed"]):
         evaluation = evaluation_of(record, **({"sampler": None, "steps": 1} | {k: v for k, v in asked.items() if k not in ("sampler", "steps")}
@@ -485,7 +496,8 @@ def metric_over_seeds(records: list[dict], experiment: str, metric: str, **asked
 def results_table(records: list[dict], kinds: tuple = ("FD", "KID", "class score", "precision", "recall", "density", "coverage")):
     """A pandas table of the main evaluation, one row for each experiment: metrics by kind, time, steps, n and number of seeds.
 
-    The time is that of `time_of`, empty where it was not measured. Raises `HybridVAEError` where two records of an experiment were measured by different networks.
+    The time is that of `time_of`, empty where it was not measured. Raises `HybridVAEError` where two records of an experiment
+    were measured by different networks.
     """
     import pandas as pd
 
@@ -496,7 +508,8 @@ def results_table(records: list[dict], kinds: tuple = ("FD", "KID", "class score
             raise HybridVAEError(f"the records of {experiment} were measured by different feature networks: evaluate them again.")
         names = [name for kind in kinds for name in own[0]["metrics"] if name == kind or name.startswith(f"{kind} (") and " to " not in name]
         row = {name: mean_and_spread([e["metrics"][name]["value"] for e in own]) for name in names}
-        taken = time_of(next(r["dataset"] for r in records if r["experiment"] == experiment), experiment, **_asked(own[0]))
+        dataset = next(r["dataset"] for r in records if r["experiment"] == experiment)
+        taken = time_of(dataset, experiment, **_asked(own[0]))
         row["ms per image"] = "" if taken is None else f"{1000 * taken:,.2f}"
         rows[experiment] = row | {"NFE": own[0]["nfe"], "n": f"{own[0]['n']:,}", "seeds": len(own)}
     return pd.DataFrame(rows).T

@@ -156,8 +156,8 @@ def compiler_works(device_type: str) -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device_type))
     except Exception as error:  # whatever the compiler's kind of failure is
-        print(f"Networks are not compiled, since no compiler works here ({type(error).__name__}): install g++ to make long runs "
-              "faster, or set HYBRIDVAE_COMPILE=off to do without.", file=sys.stderr)
+        print(f"Networks are not compiled, since no compiler works here ({type(error).__name__}): install g++ to make long "
+              "runs faster, or set HYBRIDVAE_COMPILE=off to do without.", file=sys.stderr)
         return False
     return True
 
@@ -290,7 +290,7 @@ class TrainResult:
     seconds: float  # of training, over all parts of the run
     history: list[dict]  # mean training losses and held-out losses, at up to `POINTS` points
     peak_memory_bytes: int  # see `peak_memory`; the largest of all parts of the run
-    parts: list[dict]  # how the run was computed: a part for each start, `from_step`, `device` (its type), `precision`, `compiled`
+    parts: list[dict]  # of each start of the run: `from_step`, `device` (its type), `precision`, `compiled`
 
     @property
     def precision(self) -> str:
@@ -359,7 +359,8 @@ def train(
     with _own_settings():
         wrapped, wrapped_optimizer = accelerator.prepare(_Loss(model), optimizer)
     marks = {round(config.steps * i / POINTS) for i in range(1, POINTS + 1)}  # where a point of the history is made
-    looked_at = min(512, max(config.batch_size, round(100 * config.kimg / POINTS)))  # held-out images: a tenth of those trained on meanwhile
+    # held-out images at a point: a tenth of those trained on since the last
+    looked_at = min(512, max(config.batch_size, round(100 * config.kimg / POINTS)))
     every = max(1, round((checkpoint_kimg or config.kimg / 10) * 1000 / config.batch_size))
     model.train()
     bar = tqdm(total=config.steps, initial=run.step, desc=type(model).__name__, unit="step",
@@ -434,7 +435,8 @@ class _Run:
             if identity != self.identity:
                 raise HybridVAEError(f"{folder} holds a run with another config or seed: choose another folder or remove it.")
             if progress.get("data", data) != data:
-                raise HybridVAEError(f"{folder} holds a run on other images: choose another folder, or prepare the same images again.")
+                raise HybridVAEError(f"{folder} holds a run on other images: choose another folder, or prepare the same "
+                                     "images again.")
         self._before = self.seconds
 
     def begin(self, device: torch.device, precision: str, compiled: bool) -> None:
@@ -490,8 +492,9 @@ class _Run:
         self.seconds = self._before + time.monotonic() - started
         self.peak_memory = max(self.peak_memory, peak_memory(self.device))
         save_checkpoint(self.folder, model, average, optimizer,
-                        {"step": self.step, "seconds": self.seconds, "history": self.history, "since_point": self.since_point,
-                         "identity": self.identity, "data": self.data, "parts": self.parts, "peak_memory_bytes": self.peak_memory})
+                        {"step": self.step, "seconds": self.seconds, "history": self.history,
+                         "since_point": self.since_point, "identity": self.identity, "data": self.data,
+                         "parts": self.parts, "peak_memory_bytes": self.peak_memory})
 
 # %% ../nbs/00g_training.ipynb #cell-029
 def training_step(

@@ -53,7 +53,7 @@ class EmbeddedBlock(nn.Module):
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     "softmax(q kᵀ / √d) v for q, k and v of shape (B, heads, N, d) (Vaswani et al. 2017, equation 1)."
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v)  # the same formula in one kernel, which on a CPU is the slower way
+        return F.scaled_dot_product_attention(q, k, v)  # the same in one kernel, which on a CPU is the slower way
     return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
 
 
@@ -69,8 +69,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4).unbind(1)
-        attended = attention(q, k, v).transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)  # channels last in memory, as all else
-        return x + self.out(attended)
+        attended = attention(q, k, v).transpose(1, 2).reshape(b, h, w, c)
+        return x + self.out(attended.permute(0, 3, 1, 2))  # channels last in memory, as all else
 
 # %% ../nbs/00f_unet.ipynb #cell-011
 class UNet(nn.Module):
