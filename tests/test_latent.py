@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import complains, generator, randomised
 from hybridvae import runs
 from hybridvae.campaign import queue
-from hybridvae.core import PRESETS, Draws, build_model, count_flops, load_model, randn, save_model, to_uint8, weights_hash
+from hybridvae.core import PRESETS, Draws, HybridVAEError, build_model, count_flops, load_model, randn, save_model, to_uint8, weights_hash
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
@@ -402,6 +403,20 @@ def test_without_a_time_there_is_no_gain_in_time_and_no_goal(monkeypatch):
     records = [record_of(latent("vector"), 1.0 + i) for i in range(3)] + [record_of(DiffuseVAE(VECTOR, UNET), 2.0 + i, "ddpm") for i in range(3)]
     found = gain(records, "latent", "ddpm")
     assert found["times less time"] is None and found["goal"] is None and found["distance"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("notebook, words", [("04_latent_diffusion", "('shapes', 'latent', 'ddpm')"), ("07_report", "('latent')")])
+def test_sentences_on_a_gain_do_without_a_time(notebook, words, monkeypatch):
+    "The function `in_words` of each notebook, on records of a data set whose models nobody has timed."
+    timed(monkeypatch, {})
+    records = [record_of(latent("vector"), 1.0 + i) for i in range(3)] + [record_of(DiffuseVAE(VECTOR, UNET), 2.0 + i, "ddpm") for i in range(3)]
+    cells = json.loads((Path(__file__).parents[1] / "nbs" / f"{notebook}.ipynb").read_text())["cells"]
+    [source] = [s for s in ("".join(c["source"]) for c in cells) if "def in_words(" in s]
+    names = {"gain": gain, "RECORDS": records, "committed": records, "LATENT": {"latent": "latent"}, "HybridVAEError": HybridVAEError,
+             "mean_and_spread": runs.mean_and_spread, "verdict": runs.verdict}
+    exec(source.split("\n\n\n")[0], names)
+    said = eval(f"in_words{words}", names)
+    assert "time not measured" in said and "nan" not in said and "no time, to say whether" in said
 
 
 @pytest.mark.parametrize("asked", [{"steps": 4}, {"sampler": "ddim"}, {"n": 50}, {"hash": "c"}], ids=str)
