@@ -384,7 +384,7 @@ def _sampling_flops(model: Model, evaluations: Iterable[dict]) -> float:
     asked = [(e["n"], e["steps"]) for e in evaluations]
     most = 2.0 * count_parameters(model) * sum(n * (steps + 20) for n, steps in asked)  # each parameter at each pixel
     if not asked or (most := most * model.image_shape[-1] ** 2) < min(COMPILE_FROM.values()):
-        return most  # too few for anybody to care how many
+        return most  # far from being compiled: the exact number decides nothing
     once, twice = (count_flops(lambda: model.sample(1, steps=k, generator=image_draws(0, 0, 1))) for k in (1, 2))
     return float(sum(n * (once + (steps - 1) * (twice - once)) for n, steps in asked))
 

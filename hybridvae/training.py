@@ -183,7 +183,7 @@ def compile_networks(model: Model) -> None:
 def training_flops(model: Model, data: ImageData, images: float) -> float:
     "Floating-point operations of training on so many images of `data`: three forward passes each, 2 per multiply-add."
     most = 6.0 * images * count_parameters(model) * data.image_size**2  # each parameter at each pixel
-    if most < min(COMPILE_FROM.values()):  # too few for anybody to care how many
+    if most < min(COMPILE_FROM.values()):  # far from being compiled: the exact number decides nothing
         return most
     draws, training = Draws(0, 0, device=model.device), model.training
     x, y = Batches(data.first(1), 1, 0, device=model.device)(0, draws)
