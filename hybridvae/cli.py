@@ -120,14 +120,11 @@ def data(
 
 # %% ../nbs/91_cli.ipynb #cell-011
 def _entries(dataset: str) -> list:
-    "All entries on a data set, of every stage, at full and at CPU size."
-    from hybridvae.campaign import queue
-    from hybridvae.core import HybridVAEError
+    "All entries on a data set, of every stage, in every size."
+    from hybridvae.campaign import SIZES, queue
+    from hybridvae.core import PRESETS
 
-    entries = queue(dataset)
-    with contextlib.suppress(HybridVAEError):
-        entries += queue(f"{dataset}-cpu")
-    return entries
+    return queue(dataset, *(dataset + size for size in SIZES if dataset + size in PRESETS))
 
 # %% ../nbs/91_cli.ipynb #57eff770
 @app.command(epilog=_examples("run --dataset shapes", "run --dataset shapes --experiment diffusevae-form1 --minutes 9",
@@ -812,11 +809,13 @@ def _picked(entries: list, patterns: list[str]) -> list:
                               'campaign --dataset shapes --experiment "diffusevae-*" --cpu'))
 def campaign(
     ctx: typer.Context,
-    dataset: Annotated[list[str] | None, typer.Option(help="may be repeated; usually the three for a GPU; cifar10-cpu: its CPU-size entries")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="may be repeated; usually the three for a GPU; cifar10-cpu, cifar10-full: entries of another size")] = None,
     experiment: Annotated[list[str] | None, typer.Option(help="only these, * for any letters, and what they depend on; may be repeated")] = None,
     minutes: Minutes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only try every entry, tiny, on stand-in images")] = False,
     list_: Annotated[bool, typer.Option("--list", help="only say what is recorded, in training, missing")] = False,
+    train: Annotated[bool, typer.Option("--train", help="train only; the same command without it measures")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="measure only what is trained")] = False,
     runs: Runs = Path("runs"),
     cpu: Cpu = False,
     precision: Precision = "auto",
@@ -826,8 +825,8 @@ def campaign(
     from hybridvae.campaign import queue, run_campaign
     from hybridvae.core import HybridVAEError, default_device
 
-    if dry_run and list_:
-        raise HybridVAEError("--dry-run and --list do not go together: choose one of them.")
+    if sum((dry_run, list_, train, measure)) > 1:
+        raise HybridVAEError("--dry-run, --list, --train and --measure do not go together: choose one of them.")
     if list_:
         _refuse(ctx, ("minutes",), "--list")
     entries = queue(*dataset or ())
@@ -837,12 +836,12 @@ def campaign(
     elif dry_run:
         _try_out(entries, minutes)
     else:
-        large = next((e.dataset for e in entries if e.dataset != "shapes" and not e.experiment.endswith("-cpu")), None)
+        large = next((e.dataset for e in entries if e.dataset != "shapes" and not e.experiment.endswith(("-cpu", "features"))), None)
         if large and not cpu and default_device(cpu).type == "cpu":
             raise HybridVAEError(f"there is no GPU here, and the experiments on {large} would take weeks without one: choose --dataset shapes or "
                                  "one that ends in -cpu, or insist with --cpu.")
         try:
-            run_campaign(entries, runs, minutes, cpu)
+            run_campaign(entries, runs, minutes, cpu, only="train" if train else "measure" if measure else None)
         finally:
             print(_count(entries, runs))
 

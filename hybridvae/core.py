@@ -461,8 +461,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
 
 # %% ../nbs/00a_core.ipynb #cell-042
 _COSINE = {"schedule": "cosine", "prediction": "v", "weighting": "min_snr"}
-_ABLATION = {"width": 64, "multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [16]}  # about 9M parameters
-_FULL = _ABLATION | {"width": 128, "dropout": 0.1}  # about 36M
+_ABLATION = {"width": 64, "multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [16], "middle": True}  # about 9M parameters
+_FULL = _ABLATION | {"width": 128}  # about 36M
+_SMALL = {"width": 96, "multipliers": [1, 2, 2], "attention": [8], "middle": True}  # about 11M, a third of the operations
+_X0 = {"schedule": "cosine", "prediction": "x0", "weighting": "min_snr"}  # patches of pixels are predicted more easily than their noise
+_PAPER = {"schedule": "linear", "timesteps": 1000, "prediction": "eps", "weighting": "simple"}
+_PHOTOGRAPHS = {"curves": ["ddpm", "diffusevae-form1-z"], "curve_steps": [10, 20, 50], "ancestral": "diffusevae-form1-z"}
+_PAPER_SIGMA = 2**0.5  # the summed squared error of images in [0, 1] plus the KL, in our range of [-1, 1]
+_PAPER_TRAINING = {"lr_decay": "constant", "warmup_kimg": 640, "ema_kimg": 887, "flip": True}  # 5,000 steps; decay 0.9999
 
 PRESETS = {
     "shapes": {
@@ -477,42 +483,59 @@ PRESETS = {
         "batch": 250,  # images sampled at a time
         "parameters": 0.84e6,  # of the U-Net, about
     },
-    "cifar10-cpu": {
-        "subset": 4_000,
-        "features": {"model": "FeatureNetwork", "name": "cifar-cpu", "classes": 10, "factors": False},
-        "vae": {"image_size": 32, "z_dim": 64, "width": 24, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.3},
-        "unet": {"image_size": 32, "width": 32, "multipliers": [1, 2, 2], "attention": [4], "patch": 2},
-        "diffusion": _COSINE,
-        "train_features": {"kimg": 60, "batch_size": 64, "lr": 2e-3, "flip": True},
-        "train_vae": {"kimg": 60, "batch_size": 64, "lr": 2e-3, "flip": True},
-        "train": {"kimg": 40, "batch_size": 32, "lr": 2e-3, "flip": True},
-        "n": 2_000, "n_study": 500, "batch": 250, "parameters": 0.84e6,
-    },
     "cifar10": {
         "features": {"model": "Classifier", "name": "cifar"},
-        "vae": {"image_size": 32, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4], "patch": 2, "sigma": 1.0},
+        "vae": {"image_size": 32, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.2},
         "unet": {"image_size": 32, **_ABLATION},
-        "unet_full": {"image_size": 32, **_FULL},
         "diffusion": _COSINE,
-        "train_features": {"kimg": 7_500, "batch_size": 512, "lr": 3e-3, "weight_decay": 0.1, "flip": True, "ema_kimg": 0},
-        "train_vae": {"kimg": 2_000, "batch_size": 256, "lr": 1e-3, "flip": True},
+        "train_features": {"kimg": 3_000, "batch_size": 1_024, "lr": 5e-3, "weight_decay": 0.2, "flip": True, "ema_kimg": 0},
+        "train_vae": {"kimg": 1_500, "batch_size": 256, "lr": 1e-3, "flip": True},
         "train": {"kimg": 2_000, "batch_size": 256, "lr": 8e-4, "flip": True},
-        "train_full": {"kimg": 4_000, "batch_size": 256, "lr": 4e-4, "flip": True},
-        "n": 50_000, "n_curve": 10_000, "n_ancestral": 10_000, "n_study": 2_000, "batch": 1_000,
-        "parameters": 9e6, "parameters_full": 36e6,
+        "n": 10_000, "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 2_000, **_PHOTOGRAPHS, "batch": 1_000, "parameters": 9e6,
     },
     "celeba64": {
         "features": {"model": "FaceEncoder", "name": "faces"},
-        "vae": {"image_size": 64, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4, 4], "patch": 2, "sigma": 1.0},
+        "vae": {"image_size": 64, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4, 4], "patch": 2, "sigma": 0.2},
         "unet": {"image_size": 64, **_ABLATION},
-        "unet_full": {"image_size": 64, **_FULL},
         "diffusion": _COSINE,
-        "train_features": {"kimg": 10_000, "batch_size": 512, "lr": 2e-3, "weight_decay": 0.05, "ema_kimg": 0},
+        "train_features": {"kimg": 3_000, "batch_size": 512, "lr": 2e-3, "weight_decay": 0.05, "ema_kimg": 0},
         "train_vae": {"kimg": 500, "batch_size": 128, "lr": 1e-3, "flip": True},
         "train": {"kimg": 500, "batch_size": 128, "lr": 6e-4, "flip": True},
-        "train_full": {"kimg": 500, "batch_size": 128, "lr": 3e-4, "flip": True},
-        "n": 10_000, "n_curve": 5_000, "n_ancestral": 2_000, "n_study": 1_000, "batch": 500,
-        "parameters": 9e6, "parameters_full": 36e6,
+        "n": 5_000, "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 1_000, **_PHOTOGRAPHS, "batch": 500, "parameters": 9e6,
+    },
+    "celeba64-cpu": {
+        "vae": {"image_size": 64, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4], "patch": 4, "sigma": 0.2},
+        "unet": {"image_size": 64, **_SMALL, "patch": 4},
+        "diffusion": _X0,
+        "train_vae": {"kimg": 200, "batch_size": 32, "lr": 1e-3, "flip": True},
+        "train": {"kimg": 200, "batch_size": 16, "lr": 5e-4, "flip": True},
+        "n": 5_000, "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 1_000, **_PHOTOGRAPHS, "batch": 250, "parameters": 10.7e6,
+    },
+    "cifar10-cpu": {
+        "vae": {"image_size": 32, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.2},
+        "unet": {"image_size": 32, **_SMALL, "patch": 2},
+        "diffusion": _X0,
+        "train_vae": {"kimg": 200, "batch_size": 32, "lr": 1e-3, "flip": True},
+        "train": {"kimg": 200, "batch_size": 16, "lr": 5e-4, "flip": True},
+        "n": 10_000, "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 1_000, **_PHOTOGRAPHS, "batch": 500, "parameters": 10.7e6,
+    },
+    "cifar10-full": {
+        "seeds": [0],
+        "vae": {"image_size": 32, "z_dim": 512, "width": 64, "multipliers": [1, 2, 4], "patch": 2, "sigma": _PAPER_SIGMA},
+        "unet": {"image_size": 32, **_FULL, "dropout": 0.3},
+        "diffusion": _PAPER,
+        "train_vae": {"kimg": 25_000, "batch_size": 128, "lr": 1e-4},
+        "train": {"kimg": 142_000, "batch_size": 128, "lr": 2e-4, **_PAPER_TRAINING},
+        "n": 50_000, "n_ancestral": 50_000, "n_study": 2_000, "batch": 1_000, "parameters": 38e6,
+    },
+    "celeba64-full": {
+        "seeds": [0],
+        "vae": {"image_size": 64, "z_dim": 512, "width": 64, "multipliers": [1, 2, 4, 4], "patch": 2, "sigma": _PAPER_SIGMA},
+        "unet": {"image_size": 64, **_FULL, "dropout": 0.1},
+        "diffusion": _PAPER,
+        "train_vae": {"kimg": 10_000, "batch_size": 128, "lr": 1e-4},
+        "train": {"kimg": 40_000, "batch_size": 128, "lr": 2e-5, **_PAPER_TRAINING},
+        "n": 10_000, "n_ancestral": 10_000, "n_study": 1_000, "batch": 500, "parameters": 38e6,
     },
     "celeba256": {
         "seeds": [0],

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BLUR_SIGMA', 'NOISE_STD', 'VIEW_SHARE', 'COLOUR_RANGE', 'GREY_SHARE', 'FEATURE_WEIGHTS', 'FEATURE_DATASETS',
            'FeatureModel', 'gaussian_blur', 'degrade', 'FeatureNetwork', 'hue_difference', 'ResidualBlock',
-           'residual_body', 'crop', 'cut_out', 'Classifier', 'adjust_colour', 'random_view', 'vicreg',
-           'retrieval_accuracy', 'effective_rank', 'FaceEncoder', 'weights_folder', 'feature_path', 'shipped_features',
-           'load_features']
+           'residual_body', 'Whitening', 'whitened_body', 'crop', 'cut_out', 'Classifier', 'adjust_colour',
+           'random_view', 'vicreg', 'retrieval_accuracy', 'effective_rank', 'FaceEncoder', 'weights_folder',
+           'feature_path', 'shipped_features', 'load_features']
 
 # %% ../nbs/00h_features.ipynb #cell-002
 import math
@@ -184,6 +184,40 @@ def residual_body(
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return body
 
+# %% ../nbs/00h_features.ipynb #b384d129
+class Whitening(nn.Module):
+    """Patches of 2 x 2 pixels as 24 numbers: 12 that are uncorrelated with variance 1, and their negatives.
+
+    Images (N, 3, H, W) -> (N, 24, H - 1, W - 1). Nothing but the bias is trained.
+    """
+
+    def __init__(self):
+        super().__init__()
+        pixels = torch.eye(12).reshape(12, 3, 2, 2)  # until it is measured
+        self.register_buffer("weight", torch.cat([pixels, -pixels]))
+        self.bias = nn.Parameter(torch.zeros(24))
+
+    @torch.no_grad()
+    def measure(self, x: torch.Tensor) -> None:
+        "Take the directions from images (N, 3, H, W): eigenvectors of the patches' covariance, each over its deviation."
+        patches = F.unfold(x, 2).transpose(1, 2).reshape(-1, 12).double()
+        variance, directions = torch.linalg.eigh(patches.T.cov())
+        rows = (directions / (variance + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)  # the constant keeps noise from being blown up
+        self.weight.copy_(torch.cat([rows, -rows]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+# %% ../nbs/00h_features.ipynb #965a5fc5
+def whitened_body(channels: tuple[int, ...]) -> nn.Sequential:
+    "Images (N, 3, H, W) in [-1, 1] -> features (N, channels[-1]): whitening, then groups of two convolutions (Jordan 2024)."
+    conv = lambda before, now: nn.Conv2d(before, now, 3, padding=1, bias=False)
+    layers, width = [Whitening(), nn.GELU()], 24
+    for c in channels:
+        layers += [conv(width, c), nn.MaxPool2d(2), nn.BatchNorm2d(c), nn.GELU(), conv(c, c), nn.BatchNorm2d(c), nn.GELU()]
+        width = c
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
+
 # %% ../nbs/00h_features.ipynb #cell-018
 def crop(x: torch.Tensor, corner: torch.Tensor, size: int) -> torch.Tensor:
     "Squares of `size` pixels of images (B, C, H, W), upper left corner (B, 2), row and column; mirrored beyond the edge."
@@ -201,7 +235,7 @@ def cut_out(x: torch.Tensor, centre: torch.Tensor, size: int) -> torch.Tensor:
 
 # %% ../nbs/00h_features.ipynb #cell-019
 class Classifier(FeatureModel):
-    """A wide residual network (Zagoruyko & Komodakis 2016) that names images; the last hidden layer are its features.
+    """The network of the CIFAR-10 speed runs (Jordan 2024), which names images; its last hidden layer are the features.
 
     Train it with `ema_kimg=0`: batch normalisation's running averages belong to the last weights, not to averaged ones.
     """
@@ -211,17 +245,20 @@ class Classifier(FeatureModel):
         name: str = "cifar",  # how metrics name it: "FD (cifar)"
         classes: int = 10,  # labels are 0 ... classes - 1
         image_size: int = 32,  # height and width, pixels
-        channels: tuple[int, ...] = (32, 64, 128),  # of each level; the last is the number of features
-        blocks: int = 6,  # residual blocks in a level
-        reach: int = 4,  # training images are moved by up to so many pixels
-        cutout: int = 16,  # side of the square that is hidden in training images, pixels; 0: none
+        channels: tuple[int, ...] = (64, 256, 256),  # of each group, which halves the image; the last: number of features
+        reach: int = 2,  # training images are moved by up to so many pixels
+        cutout: int = 12,  # side of the square that is hidden in training images, pixels; 0: none
     ):
         super().__init__()
         self.config = dict(model="Classifier", name=name, classes=classes, image_size=image_size, channels=list(channels),
-                           blocks=blocks, reach=reach, cutout=cutout)
+                           reach=reach, cutout=cutout)
         self.name, self.classes, self.num_features, self.reach, self.cutout = name, classes, channels[-1], reach, cutout
-        self.body = residual_body(channels, blocks)
+        self.body = whitened_body(channels)
         self.class_head = nn.Linear(channels[-1], classes)
+
+    def prepare(self, data: ImageData) -> None:
+        "Measure the whitening on the first 5,000 training images."
+        self.body[0].measure(to_float(torch.from_numpy(data.images[:5_000].copy())))
 
     def augment(self, x: torch.Tensor, draws: Draws) -> torch.Tensor:
         "Training images (B, C, H, W), each moved, and with a square hidden, at random."

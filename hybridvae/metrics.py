@@ -93,7 +93,8 @@ class ImageStatistics:
             raise HybridVAEError(f"images of {images.dtype} and shape {tuple(images.shape)} cannot be measured: "
                                  "give uint8 (B, 3, H, W), made with `to_uint8`.")
         images = images.to(next(self.network.parameters()).device)
-        with torch.autocast(images.device.type, enabled=False):  # whoever samples in half precision is measured in full
+        # whoever samples in half precision is measured in full; and a GPU's convolutions in float32, not in TF32
+        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             features, logits = _both(self.network, images)
         found = {"features": features, "logits": logits, "high_frequency": high_frequency_power(images)}
         for name, value in found.items():

@@ -42,6 +42,7 @@ class Entry:
     subset: int | None = None  # train on the first so many images only
     depends_on: dict = dataclasses.field(default_factory=dict)  # part of the model: experiment whose part of that name, or whole model, it starts from
     features: str | None = None  # experiment whose network measures: a shipped one of that config, or trained first
+    half: bool = False  # round the trained weights to half precision, in which they are kept and measured
     evaluations: tuple = ()  # dicts with sampler, steps, n, and options of `sample`
     studies: tuple = ()  # names in `STUDIES`
     n_study: int = 500  # images in a study
@@ -54,7 +55,8 @@ class Entry:
     def config(self) -> dict:
         "Everything that decides the trained model, JSON-able, without the seed."
         return {"model": self.model, "train": None if self.train is None else dataclasses.asdict(TrainConfig(**self.train)),
-                "data": {"dataset": self.dataset, "subset": self.subset}, "depends_on": self.depends_on}
+                "data": {"dataset": self.dataset, "subset": self.subset}, "depends_on": self.depends_on,
+                **({"half": True} if self.half else {})}
 
     @property
     def precision(self) -> str:
@@ -195,8 +197,9 @@ def run_entry(
     minutes: float | None = None,  # stop, to be continued, after this long
     cpu: bool = False,  # no GPU
     progress: bool = True,  # show bars
+    train_only: bool = False,  # measure it another time
 ) -> dict | None:
-    """Run an entry, or continue it; return its record, or None where the limit in minutes came first.
+    """Run an entry, or continue it; return its record, or None where the limit in minutes came first, or it is only trained.
 
     Raises `HybridVAEError` where training fails or the disk is full. What is recorded already is not run again.
     """
@@ -205,7 +208,7 @@ def run_entry(
         return record
     job = _Job(list(entries), Path(runs), Clock(minutes), cpu, progress)
     try:
-        return job.run(entry)
+        return job.train(entry) and None if train_only else job.run(entry)
     except TimeUp:
         return None
 
@@ -266,21 +269,23 @@ class _Job:
                  f"parameters, {choose_precision(device, entry.precision)} on {device_name(device)}")
         config, folder = TrainConfig(**entry.train or {}), entry.folder(self.runs)
         if entry.train is None:
-            result = TrainResult(True, None, 0, 0.0, [], 0, [])
+            result = TrainResult(True, None, 0, 0.0, 0.0, [], 0, [])
         else:
             result = train(model, data, config, folder, entry.seed, test, self.clock.left(), cpu=self.cpu,
                            progress=self.progress)
         if not result.finished:
             raise TimeUp
-        if isinstance(model, FeatureModel):  # shipped in half precision: measure with what is shipped
-            model.load_state_dict({k: v.half().to(v.dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()})
+        half = entry.half or isinstance(model, FeatureModel)  # shipped in half precision: measure what is shipped
+        if half:
+            model.load_state_dict({k: v.half().to(v.dtype) if v.is_floating_point() else v
+                                   for k, v in model.state_dict().items()})
         images = result.step * config.batch_size
         trained = {"config_hash": config_hash(entry.config), "kimg": images / 1000, **provenance(model.device),
                    "precision": result.precision, "compiled": result.compiled, "parts": result.parts,
-                   "data_hash": data.fingerprint, "train_seconds": result.seconds,
+                   "data_hash": data.fingerprint, "train_seconds": result.seconds, "train_cpu_seconds": result.cpu_seconds,
                    "train_images_per_second": images / max(result.seconds, 1e-9), "peak_memory_bytes": result.peak_memory_bytes,
                    "depends_on": parents, "history": result.history, **({"stopped": result.stopped} if result.stopped else {})}
-        save_model(model, folder / "model.safetensors")
+        save_model(model, folder / "model.safetensors", torch.float16 if half else None)
         write_json(folder / "trained.json", trained)
         return model, trained
 
@@ -313,7 +318,8 @@ class _Job:
             compile_networks(model)
         for evaluation in entry.evaluations:
             if done.lacks(evaluation):
-                options = model.sampling_options(_asked(evaluation), data, entry.seed)
+                with eager():  # codes for a fitted prior come in batches of another shape
+                    options = model.sampling_options(_asked(evaluation), data, entry.seed)
                 done.add(evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch,
                                   entry.precision, check=self.clock.check, progress=self.progress) | _measured_by(device))
         with eager(), autocast(device, entry.precision):
@@ -351,9 +357,10 @@ class _Job:
 
     def pictures(self, entry: Entry, model: Model) -> None:
         "Uncurated samples beside the record: ten by ten, five by five of large images."
-        first, side = entry.evaluations[0], 10 if model.image_shape[-1] < 128 else 5
+        side = 10 if model.image_shape[-1] < 128 else 5
         draws = image_draws(entry.seed, 0, side * side)
-        shown = model.showcase(side * side, draws, sampler=first["sampler"], steps=first["steps"])
+        options = model.sampling_options(_asked(entry.evaluations[0]), self.data(entry)[0], entry.seed)
+        shown = model.showcase(side * side, draws, **{k: v for k, v in options.items() if k != "n"})
         for name, images in shown.items():
             path = record_path(self.runs, vars(entry))
             path = path.with_name(path.stem + (name and f"-{name}") + (".png" if model.image_shape[-1] < 64 else ".jpg"))

@@ -288,6 +288,7 @@ class TrainResult:
     stopped: str | None  # why the model ended the run early, see `Model.stop_reason`
     step: int  # steps done
     seconds: float  # of training, over all parts of the run
+    cpu_seconds: float  # of all this process's threads meanwhile: what training costs where others compute, too
     history: list[dict]  # mean training losses and held-out losses, at up to `POINTS` points
     peak_memory_bytes: int  # see `peak_memory`; the largest of all parts of the run
     parts: list[dict]  # of each start of the run: `from_step`, `device` (its type), `precision`, `compiled`
@@ -365,7 +366,7 @@ def train(
     model.train()
     bar = tqdm(total=config.steps, initial=run.step, desc=type(model).__name__, unit="step",
                disable=not (progress and accelerator.is_main_process), mininterval=1)
-    started = time.monotonic()
+    started, run.begun = time.monotonic(), (time.monotonic(), time.process_time())
     with run.logging(accelerator.is_main_process):
         stopped = model.stop_reason(run.history)
         if run.step < config.steps and not stopped:
@@ -399,7 +400,7 @@ def train(
                     run.point(heldout_losses(model, heldout, looked_at, precision=config.precision) if heldout else {})
                 stopped = model.stop_reason(run.history)
             if (run.step % every == 0 or run.step == config.steps or expired or stopped) and accelerator.is_main_process:
-                run.save(model, average, optimizer, started)
+                run.save(model, average, optimizer)
             if expired:
                 break
     bar.close()
@@ -407,7 +408,7 @@ def train(
     if finished:
         average._swap()
         model.eval()
-    return TrainResult(finished, stopped, run.step, run.seconds, run.history, run.peak_memory, run.parts)
+    return TrainResult(finished, stopped, run.step, *run.spent, run.history, run.peak_memory, run.parts)
 
 # %% ../nbs/00g_training.ipynb #cell-019
 class _Run:
@@ -416,7 +417,7 @@ class _Run:
     def __init__(self, folder: Path, config: TrainConfig, model: Model, seed: int, data: str):
         self.folder, self.config, self.data = folder, config, data
         self.identity = config_hash({"model": model.config, "train": dataclasses.asdict(config), "seed": seed})
-        self.step, self.seconds, self.history, self.pending, self.since_point = 0, 0.0, [], [], []
+        self.step, self.spent, self.history, self.pending, self.since_point = 0, (0.0, 0.0), [], [], []
         self.parts, self.peak_memory, self.device = [], 0, torch.device("cpu")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -427,8 +428,9 @@ class _Run:
         if self.checkpoint:
             try:
                 progress = json.loads((self.checkpoint / "progress.json").read_text())
-                self.step, self.seconds, self.history, self.since_point, identity = (
-                    progress[k] for k in ("step", "seconds", "history", "since_point", "identity"))
+                self.step, self.history, self.since_point, identity = (
+                    progress[k] for k in ("step", "history", "since_point", "identity"))
+                self.spent = progress["seconds"], progress.get("cpu_seconds", 0.0)
                 self.parts, self.peak_memory = progress.get("parts", []), progress.get("peak_memory_bytes", 0)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise HybridVAEError(f"{self.checkpoint} is damaged ({error}): remove it and run again.") from error
@@ -437,7 +439,7 @@ class _Run:
             if progress.get("data", data) != data:
                 raise HybridVAEError(f"{folder} holds a run on other images: choose another folder, or prepare the same "
                                      "images again.")
-        self._before = self.seconds
+        self._before = self.spent
 
     def begin(self, device: torch.device, precision: str, compiled: bool) -> None:
         "Note how the steps from here on are computed."
@@ -488,11 +490,12 @@ class _Run:
             self.writer and self.writer.add_scalar(f"heldout/{key}", value, self.step)
         self.since_point = []
 
-    def save(self, model, average, optimizer, started: float) -> None:
-        self.seconds = self._before + time.monotonic() - started
+    def save(self, model, average, optimizer) -> None:
+        now = time.monotonic(), time.process_time()
+        self.spent = tuple(before + end - start for before, end, start in zip(self._before, now, self.begun))
         self.peak_memory = max(self.peak_memory, peak_memory(self.device))
         save_checkpoint(self.folder, model, average, optimizer,
-                        {"step": self.step, "seconds": self.seconds, "history": self.history,
+                        {"step": self.step, "seconds": self.spent[0], "cpu_seconds": self.spent[1], "history": self.history,
                          "since_point": self.since_point, "identity": self.identity, "data": self.data,
                          "parts": self.parts, "peak_memory_bytes": self.peak_memory})
 

@@ -92,6 +92,7 @@ class UNet(nn.Module):
         head_width: int = 64,  # channels of an attention head
         dropout: float = 0.0,  # inside the residual blocks
         patch: int = 1,  # pixels joined by the first layer, along each side
+        middle: bool = False,  # attention in the middle also where its resolution is not named (DDPM, ADM, EDM)
     ):
         super().__init__()
         sizes = [image_size // patch // 2**level for level in range(len(multipliers))]
@@ -101,15 +102,15 @@ class UNet(nn.Module):
             raise ValueError(f"attention at {list(attention)}: choose from the resolutions {sizes}")
         self.config = dict(image_size=image_size, channels=channels, cond_channels=cond_channels, z_dim=z_dim, width=width,
                            multipliers=list(multipliers), blocks=blocks, attention=list(attention), head_width=head_width,
-                           dropout=dropout, patch=patch)
+                           dropout=dropout, patch=patch, middle=middle)
         self.width, self.channels, self.cond_channels = width, channels, cond_channels
         embedding = 4 * width
         mlp = lambda n: nn.Sequential(nn.Linear(n, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.time_mlp = mlp(width)
         self.z_mlp = mlp(z_dim) if z_dim else None
 
-        def stage(before: int, now: int, size: int) -> nn.ModuleList:
-            attend = SelfAttention(now, head_width) if size in attention else nn.Identity()
+        def stage(before: int, now: int, attends: bool) -> nn.ModuleList:
+            attend = SelfAttention(now, head_width) if attends else nn.Identity()
             return nn.ModuleList([EmbeddedBlock(before, now, embedding, dropout), attend])
 
         widths = [width * m for m in multipliers]
@@ -118,16 +119,16 @@ class UNet(nn.Module):
         self.down, self.up, handed, now = nn.ModuleList(), nn.ModuleList(), [width], width
         for level, wide in enumerate(widths):
             for _ in range(blocks):
-                self.down.append(stage(now, wide, sizes[level]))
+                self.down.append(stage(now, wide, sizes[level] in attention))
                 now = wide
                 handed.append(now)
             if level < len(widths) - 1:
                 self.down.append(nn.Conv2d(now, now, 3, stride=2, padding=1))
                 handed.append(now)
-        self.middle = nn.ModuleList([stage(now, now, sizes[-1]), stage(now, now, 0)])
+        self.middle = nn.ModuleList([stage(now, now, middle or sizes[-1] in attention), stage(now, now, False)])
         for level, wide in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.up.append(stage(now + handed.pop(), wide, sizes[level]))
+                self.up.append(stage(now + handed.pop(), wide, sizes[level] in attention))
                 now = wide
             if level:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(now, now, 3, padding=1)))

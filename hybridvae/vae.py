@@ -230,7 +230,8 @@ class VAE(Model):
         if _FITTED.get(name, (None,))[0] != key:
             images = data.first(min(500, len(data))).float() if name == "vamp" else None
             with torch.autocast(self.device.type, enabled=False):  # on the VAE's device, where the VampPrior's encoder is
-                _FITTED[name] = key, fit_by_name(name, self.codes(data).to(self.device), seed, images, self.encode)
+                codes = self.codes(data, max(10_000, 400 * self.z_dim)).to(self.device)
+                _FITTED[name] = key, fit_by_name(name, codes, seed, images, self.encode)
         return _FITTED[name][1]
 
 # %% ../nbs/00d_vae.ipynb #03bf0a7c

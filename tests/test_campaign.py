@@ -23,6 +23,7 @@ from hybridvae.unet import UNet
 
 ROOT = Path(__file__).parents[1]
 ENTRIES = queue()
+OTHER_SIZES = ("celeba64-cpu", "cifar10-cpu", "cifar10-full", "celeba64-full")
 VAE = {"model": "VAE", "image_size": 32, "z_dim": 4, "width": 4, "multipliers": [1, 2], "patch": 4}
 UNET = {"image_size": 32, "width": 8, "multipliers": [1], "attention": [], "patch": 4}
 TRAIN = {"kimg": 0.032, "batch_size": 8}
@@ -52,7 +53,7 @@ def committed(monkeypatch, tmp_path):
 
 def test_the_queue_holds_every_entry_once_in_the_order_of_priority():
     assert [e.priority for e in ENTRIES] == sorted(e.priority for e in ENTRIES)
-    assert {e.dataset for e in ENTRIES} == set(campaign.DATASETS) and not any(e.experiment.endswith("-cpu") for e in ENTRIES)
+    assert {e.dataset for e in ENTRIES} == set(campaign.DATASETS) and not any(e.experiment.endswith(campaign.SIZES) for e in ENTRIES)
     keys = [(e.dataset, e.experiment, e.seed) for e in ENTRIES]
     assert len(set(keys)) == len(keys)
     for data in campaign.DATASETS:
@@ -63,7 +64,7 @@ def test_the_queue_holds_every_entry_once_in_the_order_of_priority():
 
 
 def test_what_an_entry_needs_comes_before_it():
-    for names in (campaign.DATASETS, ("shapes",), ("cifar10-cpu",)):
+    for names in (campaign.DATASETS, ("shapes",), *((name,) for name in OTHER_SIZES)):
         place = {(e.dataset, e.experiment, e.seed): i for i, e in enumerate(queue(*names))}
         for e in queue(*names):
             needed = [(e.dataset, name, e.seed) for name in e.depends_on.values()]
@@ -72,7 +73,11 @@ def test_what_an_entry_needs_comes_before_it():
 
 
 def test_a_data_set_without_entries_is_refused_and_the_known_ones_are_named():
-    assert all(e.dataset == "cifar10" and e.subset and e.experiment.endswith("-cpu") for e in queue("cifar10-cpu"))
+    for name in OTHER_SIZES:  # and the feature network, which all sizes share
+        network, *others = queue(name)
+        data, _, size = name.partition("-")
+        assert (network.experiment, network.dataset, network.seed) == ("features", data, 0)
+        assert others and all(e.dataset == data and e.experiment.endswith(f"-{size}") for e in others)
     with complains("'imagenet'", "cifar10", "cifar10-cpu", "shapes"):
         queue("imagenet")
 
@@ -141,7 +146,7 @@ def ran(monkeypatch):
     "Entries that were run by a stub of `run_entry`, which writes their record."
     done = []
 
-    def run_entry(e, entries, runs, minutes, cpu, progress):
+    def run_entry(e, entries, runs, minutes, cpu, progress, train_only=False):
         done.append((e.experiment, e.seed))
         if e.experiment == "bad":
             complain = {0: campaign.HybridVAEError("the loss is not finite: lower the rate."), 1: RuntimeError("out of\nmemory")}
@@ -208,7 +213,7 @@ def leaves(value, path=()):
 
 def test_a_dry_run_changes_the_sizes_in_its_list_and_nothing_else():
     changed = set()
-    for e in queue(*campaign.DATASETS, "shapes", "cifar10-cpu"):
+    for e in queue(*campaign.DATASETS, "shapes", *OTHER_SIZES):
         small = shrink(e)
         before, after = (leaves({f.name: getattr(v, f.name) for f in dataclasses.fields(v)}) for v in (e, small))
         assert before.keys() == after.keys()
@@ -222,7 +227,7 @@ def test_a_dry_run_changes_the_sizes_in_its_list_and_nothing_else():
     assert changed == set(TINY)  # the list names nothing in vain
 
 
-@pytest.mark.parametrize("data", [*campaign.DATASETS, "shapes", "cifar10-cpu"])
+@pytest.mark.parametrize("data", [*campaign.DATASETS, "shapes", *OTHER_SIZES])
 def test_what_differs_in_earnest_differs_in_the_dry_run_too(data):
     alike = {}
     for e in queue(data):
@@ -249,7 +254,7 @@ def test_stand_in_images_are_of_every_size_and_split_and_gone_afterwards(monkeyp
     assert "HYBRIDVAE_DATA" not in os.environ
 
 
-@pytest.mark.parametrize("data", [*campaign.DATASETS, "cifar10-cpu"])
+@pytest.mark.parametrize("data", [*campaign.DATASETS, *OTHER_SIZES])
 def test_every_experiment_comes_through_a_dry_run_that_is_stopped_once(data, tmp_path, monkeypatch, float32):
     "Of the other seeds, which do the same work, one pair; in float32, since numbers so small are slower in bfloat16 wherever they are computed."
     monkeypatch.setattr(runs, "_LAST", {}, raising=False)

@@ -46,7 +46,6 @@ def tiny(monkeypatch):
     for preset in presets.values():
         preset.update(vae=TINY_VAE, unet=TINY_UNET, n=60, n_curve=None, n_study=20, batch=60, seeds=[0],
                       train=TINY_TRAIN, train_vae=TINY_TRAIN, train_features=TINY_TRAIN)
-    presets["cifar10-cpu"]["subset"] = 60
     monkeypatch.setattr(core, "PRESETS", presets)
     monkeypatch.setattr(diffusevae, "PRESETS", presets)
 
@@ -222,8 +221,8 @@ def test_run_stops_at_its_limit_continues_and_leaves_a_record(tiny, tmp_path):
 
 def test_run_finds_entries_of_cpu_size(tiny, cache, tmp_path):
     command("run --dataset cifar10 --experiment vae-cpu --cpu --runs", tmp_path / "runs")
-    record = json.loads((tmp_path / "runs" / "cifar10-60" / "vae-cpu" / "seed0.json").read_text())
-    assert record["subset"] == 60 and "FD (cifar-cpu)" in record["evaluations"][0]["metrics"]
+    record = json.loads((tmp_path / "runs" / "cifar10" / "vae-cpu" / "seed0.json").read_text())
+    assert "FD (cifar)" in record["evaluations"][0]["metrics"]
 
 
 # --- train ---------------------------------------------------------------------------------------------------------------
@@ -484,7 +483,7 @@ def test_a_filter_keeps_what_is_depended_on():
 
 def test_a_dry_run_says_what_it_changes(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = command("campaign --dry-run --dataset cifar10-cpu --experiment features-cpu")
+    said = command("campaign --dry-run --dataset cifar10-cpu --experiment features")
     for name, value in campaigns.TINY.items():
         assert f"{name} {value:g}" in said
     assert "1 of 1 entries came through" in said and files_below(tmp_path) == []
