@@ -491,7 +491,7 @@ PRESETS = {
         "train_features": {"kimg": 3_000, "batch_size": 1_024, "lr": 5e-3, "weight_decay": 0.2, "flip": True, "ema_kimg": 0},
         "train_vae": {"kimg": 1_500, "batch_size": 256, "lr": 1e-3, "flip": True},
         "train": {"kimg": 1_000, "batch_size": 256, "lr": 8e-4, "flip": True},
-        "n": 10_000, "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 2_000, **_PHOTOGRAPHS, "batch": 1_000, "parameters": 9e6,
+        "n": 10_000, "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 1_000, **_PHOTOGRAPHS, "batch": 1_000, "parameters": 9e6,
     },
     "celeba64": {
         "features": {"model": "FaceEncoder", "name": "faces"},
