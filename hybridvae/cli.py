@@ -825,8 +825,9 @@ def campaign(
     from hybridvae.campaign import queue, run_campaign
     from hybridvae.core import HybridVAEError, default_device
 
-    if sum((dry_run, list_, train, measure)) > 1:
-        raise HybridVAEError("--dry-run, --list, --train and --measure do not go together: choose one of them.")
+    modes = {"--dry-run": dry_run, "--list": list_, "--train": train, "--measure": measure}
+    if sum(modes.values()) > 1:
+        raise HybridVAEError(f"{' and '.join(name for name, on in modes.items() if on)} do not go together: choose one of them.")
     if list_:
         _refuse(ctx, ("minutes",), "--list")
     entries = queue(*dataset or ())

@@ -466,7 +466,8 @@ _FULL = _ABLATION | {"width": 128}  # about 36M
 _SMALL = {"width": 96, "multipliers": [1, 2, 2], "attention": [8], "middle": True}  # about 11M, a third of the operations
 _X0 = {"schedule": "cosine", "prediction": "x0", "weighting": "min_snr"}  # patches of pixels are predicted more easily than their noise
 _PAPER = {"schedule": "linear", "timesteps": 1000, "prediction": "eps", "weighting": "simple"}
-_PHOTOGRAPHS = {"curves": ["ddpm", "diffusevae-form1-z"], "curve_steps": [10, 20, 50], "ancestral": "diffusevae-form1-z"}
+_PHOTOGRAPHS = {  # how they are evaluated: what codes are drawn from, which models at how many steps
+    "prior": "ex-pde", "curves": ["ddpm", "diffusevae-form1-z"], "curve_steps": [10, 20, 50], "ancestral": "diffusevae-form1-z"}
 _PAPER_SIGMA = 2**0.5  # the summed squared error of images in [0, 1] plus the KL, in our range of [-1, 1]
 _PAPER_TRAINING = {"lr_decay": "constant", "warmup_kimg": 640, "ema_kimg": 887, "flip": True}  # 5,000 steps; decay 0.9999
 

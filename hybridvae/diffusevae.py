@@ -394,7 +394,8 @@ def protocol(preset: dict, seed: int, experiment: str) -> tuple[dict, ...]:
     main = {"sampler": None, "steps": 1} if one_shot else {"sampler": "dpmpp", "steps": 20}
     fitted = {"prior": "ex-pde"} if one_shot or hybrid else {}
     found, few = [main | {"n": preset["n"]}], {"n": preset.get("n_curve")}
-    if preset["vae"]["sigma"] < 0.5:  # a code that holds much: N(0, I) is far from it, and the fitted prior counts as much
+    if fitted and "prior" in preset:  # a code that holds much is far from N(0, I): a fitted prior is the main one
+        fitted = {"prior": preset["prior"]}
         found, few = [main | {"n": preset["n"]} | fitted, *found], few | fitted
     ancestral = {"sampler": "ancestral", "steps": 1000, "n": preset.get("n_ancestral")}
     if not few["n"]:

@@ -709,6 +709,7 @@ MISTAKES = [
     ("campaign --dataset imagenet", "imagenet"),
     ("campaign --dataset shapes --experiment gan", r"'gan'.*choose from"),
     ("campaign --list --dry-run", "--dry-run and --list"),
+    ("campaign --train --measure", "--train and --measure"),
     ("campaign --list --minutes 3", "--minutes"),
     ("bench profile --dataset imagenet", "imagenet"),
     ("bench profile --experiment gan", r"'gan'.*choose from .*ddpm"),

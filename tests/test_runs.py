@@ -60,7 +60,7 @@ def whole(tmp_path_factory):
     return folder, run(HYBRID, folder)
 
 
-TIMES = ("commit", "dirty", "device", "versions", "train_seconds", "train_images_per_second", "peak_memory_bytes",
+TIMES = ("commit", "dirty", "device", "versions", "train_seconds", "train_cpu_seconds", "train_images_per_second", "peak_memory_bytes",
          "seconds_per_image", "parts")
 
 
