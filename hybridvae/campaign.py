@@ -10,6 +10,7 @@ __all__ = ['DATASETS', 'SIZES', 'TINY', 'stages', 'queue', 'state', 'listing', '
 import contextlib
 import dataclasses
 import importlib
+import json
 import os
 import pkgutil
 import tempfile
@@ -62,11 +63,31 @@ def state(entry: Entry, runs: str | Path = "runs") -> str:
         return "recorded"
     folder = entry.folder(Path(runs))
     if (folder / "trained.json").exists() and missing == ["training"]:
-        return "trained"
+        return "trained" + _measured(entry, folder)
     checkpoint = latest_checkpoint(folder)
     if checkpoint and missing == ["training"]:
-        return f"training, {int(checkpoint.name.split('-')[1]) / TrainConfig(**entry.train).steps:.0%}"
+        return _training(checkpoint, TrainConfig(**entry.train).steps)
     return "missing" if missing == ["training"] else "missing: " + "; ".join(missing)
+
+
+def _measured(entry: Entry, folder: Path) -> str:
+    "How many of a trained entry's evaluations and studies are done."
+    try:
+        done = json.loads((folder / "measured.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    n = len(done["evaluations"]) + sum(name in done for name in entry.studies)
+    return f", measured {n} of {len(entry.evaluations) + len(entry.studies)}"
+
+
+def _training(checkpoint: Path, steps: int) -> str:
+    "How far a training is, and the minutes that it still takes at its speed so far."
+    step = int(checkpoint.name.split("-")[1])
+    try:
+        seconds = json.loads((checkpoint / "progress.json").read_text())["seconds"]
+    except (OSError, ValueError, KeyError):
+        return f"training, {step / steps:.0%}"
+    return f"training, {step / steps:.0%}, {seconds / step * (steps - step) / 60:,.0f} min left"
 
 
 def listing(entries: list[Entry], runs: str | Path = "runs") -> list[dict]:

@@ -11,6 +11,7 @@ __all__ = ['OPTIONS', 'STUDIES', 'Entry', 'evaluate', 'Material', 'study', 'find
 import dataclasses
 import json
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_flops, count_parameters, default_device, derive_seed,
+from .core import (Draws, HybridVAEError, Model, atomic_path, build_model, config_hash, count_flops, count_parameters, default_device, derive_seed,
                             device_name, image_draws, load_model, load_record, load_records, project_root, provenance, record_path, save_grid, save_model,
                             to_uint8, weights_hash, write_json, write_record)
 from .data import Batches, ImageData, data_root, load_data
@@ -100,6 +101,7 @@ def evaluate(
     precision: str = "auto",  # see `TrainConfig`
     check: Callable = lambda: None,  # called before each batch: raises to stop
     progress: bool = True,  # show a bar
+    keep: Path | None = None,  # folder where batches are kept until all are there: what is found in it is not drawn again
 ) -> dict:
     "One entry of a record's `evaluations`: metrics of n samples, drawn by image (`core.image_draws`), and time per image."
     n, steps = evaluation["n"], evaluation["steps"]
@@ -108,11 +110,20 @@ def evaluate(
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
     for start in tqdm(range(0, n, batch), desc=f"{n:,} samples, {steps} steps", unit="batch", disable=not progress, mininterval=1):
-        check()
-        begun = time.monotonic()
-        with autocast(model.device, precision):  # always a whole batch: one shape
-            images = to_uint8(model.sample(batch, generator=image_draws(seed, start, start + batch), **asked)).cpu()
-        seconds.append(time.monotonic() - begun)
+        file = keep and keep / f"{start}.npz"
+        if not (file and file.exists()):
+            check()
+            begun = time.monotonic()
+            with autocast(model.device, precision):  # always a whole batch: one shape
+                images = to_uint8(model.sample(batch, generator=image_draws(seed, start, start + batch), **asked)).cpu()
+            taken = time.monotonic() - begun
+            if file:
+                with atomic_path(file) as tmp:
+                    np.savez(tmp, images=images.numpy(), seconds=taken)
+        else:
+            with np.load(file) as found:
+                images, taken = torch.from_numpy(found["images"]), float(found["seconds"])
+        seconds.append(taken)
         for each in seen:
             each.add(images[:n - start])
     timed = seconds[1:] or seconds
@@ -320,8 +331,10 @@ class _Job:
             if done.lacks(evaluation):
                 with eager():  # codes for a fitted prior come in batches of another shape
                     options = model.sampling_options(_asked(evaluation), data, entry.seed)
-                done.add(evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch,
-                                  entry.precision, check=self.clock.check, progress=self.progress) | _measured_by(device))
+                keep = done.images_of(evaluation, entry)
+                done.add(evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch, entry.precision,
+                                  self.clock.check, self.progress, keep) | _measured_by(device))
+                shutil.rmtree(keep)
         with eager(), autocast(device, entry.precision):
             material = Material(data, test, networks[0], references[0]["held-out"], entry.n_study, entry.batch, steps=entry.steps_study) if networks else None
             for name in entry.studies:
@@ -420,6 +433,11 @@ class _Progress:
         if known and {key: known[key] for key in self.keys} == self.keys:
             self.evaluations = known["evaluations"]
             self.studies = {name: known[name] for name in entry.studies if name in known}
+
+    def images_of(self, evaluation: dict, entry: Entry) -> Path:
+        "The folder for images of an evaluation that is not done yet: of these weights, drawn in this way."
+        key = {**self.keys, "evaluation": _asked(evaluation), "seed": entry.seed, "batch": entry.batch}
+        return self.path.with_name(f"images-{config_hash(key)}")
 
     def lacks(self, evaluation: dict) -> bool:
         return _asked(evaluation) not in [_asked(e) for e in self.evaluations]

@@ -423,6 +423,18 @@ def test_the_fit_finds_the_mixture_that_the_codes_were_drawn_from():
     torch.testing.assert_close((fit.roots @ fit.roots.mT)[order], covariances, rtol=0, atol=0.12)
 
 
+def test_the_fit_is_scikit_learns():
+    from sklearn.mixture import GaussianMixture as Oracle
+
+    codes = mixture(4, 3, seed=3, spread=3.0).sample(3_000, generator())
+    theirs = Oracle(4, reg_covar=1e-4, max_iter=50, random_state=0).fit(codes.double().numpy())
+    ours = fit_mixture(codes, 4)
+    order = [(ours.means - torch.from_numpy(m).float()).norm(dim=1).argmin().item() for m in theirs.means_]
+    assert sorted(order) == [0, 1, 2, 3] and ours.log_prob(codes).mean().item() == pytest.approx(theirs.score(codes.numpy()), abs=2e-3)
+    for mine, other in ((ours.weights, theirs.weights_), (ours.means, theirs.means_), (ours.roots @ ours.roots.mT, theirs.covariances_)):
+        torch.testing.assert_close(mine[order], torch.from_numpy(other).float(), rtol=0.05, atol=0.05)
+
+
 def test_the_fit_knows_held_out_codes_better_than_the_normal_prior():
     truth = mixture(5, 3, seed=3, spread=3.0)
     codes, held = truth.sample(2_000, generator(0)), truth.sample(1_000, generator(1))
