@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hybridvae.runs import (Entry, beyond_spread, evaluate, evaluation_of, find_
                             recorded, results_table, run_entry, verdict)
 from hybridvae.vae import VAE
 from PIL import Image
+from safetensors.torch import load_file
 
 TINY_VAE = {"image_size": 32, "z_dim": 4, "width": 8, "multipliers": [1, 2], "patch": 4}
 TINY_UNET = {"image_size": 32, "width": 16, "multipliers": [1], "attention": [], "patch": 4}
@@ -218,7 +220,7 @@ def test_a_run_stopped_at_every_moment_in_turn_ends_as_if_it_had_not_been(whole,
     monkeypatch.setattr(runs, "Clock", CountedClock)
     measured, stops = spy(monkeypatch, runs, "evaluate"), []
     CALLS.clear()
-    for looks in (0, 1, 2, 3, 2, 1, 2, 1, 1):
+    for looks in (0, 1, 2, 3, 2, 1, 1, 1, 1):  # a batch that is drawn is not drawn again
         assert run(HYBRID, tmp_path, minutes=looks) is None
         assert not list(tmp_path.glob("*/*/seed*.json"))  # no record of an unfinished run
         trained, begun = (len(list(tmp_path.glob(f"shapes/*/seed0/{name}"))) for name in ("trained.json", "checkpoint-*"))
@@ -615,3 +617,41 @@ def test_a_failed_training_leaves_no_record(tmp_path, monkeypatch):
     with pytest.raises(HybridVAEError, match="not finite"):
         run(COARSE, tmp_path)
     assert not list(tmp_path.glob("*/*/seed*.json"))
+
+
+def test_an_evaluation_that_was_killed_goes_on_with_the_images_it_has(whole, tmp_path, monkeypatch):
+    "Killed in its second batch: the first is not drawn again, the record is the same, and the images are gone afterwards."
+    folder, record = whole
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name in ("seed0.json", "seed0/measured.json"):
+        (tmp_path / "shapes" / "hybrid" / name).unlink()
+    drawn, sample = [], DiffuseVAE.sample
+
+    def dies(self, n, **options):
+        drawn.append(n)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return sample(self, n, **options)
+    monkeypatch.setattr(DiffuseVAE, "sample", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(HYBRID, tmp_path)
+    kept = list(tmp_path.glob("shapes/hybrid/seed0/images-*/*.npz"))
+    assert [path.name for path in kept] == ["0.npz"]
+    drawn.extend([0] * 2)
+    assert results(run(HYBRID, tmp_path)) == results(record)
+    assert drawn[4:][:1] == [12] and not list(tmp_path.glob("shapes/hybrid/seed0/images-*"))
+
+
+def test_weights_in_half_precision_are_what_is_kept_and_measured(tmp_path):
+    entry = dataclasses.replace(COARSE, half=True)
+    record = run(entry, tmp_path, entries=[NETWORK, entry])
+    file = entry.folder(tmp_path) / "model.safetensors"
+    assert {t.dtype for t in load_file(file).values()} == {torch.float16}
+    assert weights_hash(load_model(file)) == record["weights_hash"] and record["config"]["half"] is True
+    assert "half" not in COARSE.config and config_hash(entry.config) != config_hash(COARSE.config)
+
+
+def test_training_alone_leaves_weights_and_no_record(tmp_path):
+    assert run_entry(COARSE, ENTRIES, tmp_path, cpu=True, progress=False, train_only=True) is None
+    assert (COARSE.folder(tmp_path) / "trained.json").exists() and not list(tmp_path.glob("*/*/seed*.json"))
+    assert results(run(COARSE, tmp_path)) == results(run(COARSE, tmp_path / "at once"))

@@ -528,3 +528,15 @@ def test_a_step_for_measuring_is_that_of_adamw_on_the_models_loss():
     for (name, a), b in zip(ours.named_parameters(), other.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-8, msg=name)
     assert any((a - start[name]).abs().max() > 5e-7 for name, a in ours.named_parameters())
+
+
+def test_a_slow_run_leaves_a_checkpoint_every_few_minutes(tmp_path, monkeypatch):
+    "A clock on which every step takes a minute: a run that is killed loses at most four steps."
+    now, saved, save = [0.0], [], training.save_checkpoint
+    monkeypatch.setattr(training, "time", SimpleNamespace(process_time=time.process_time, monotonic=lambda: now[0]))
+    monkeypatch.setattr(training, "save_checkpoint", lambda folder, *a: saved.append(a[-1]["step"]) or save(folder, *a))
+
+    def step(*_):
+        now[0] += 60
+    quietly(before_each_loss(small_vae(), step), tmp_path, settings(steps=22), checkpoint_kimg=1e9)
+    assert saved == [5, 10, 15, 20, 22]
