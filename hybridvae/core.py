@@ -422,7 +422,9 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None)
 def _to_int8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     packed = dict(state)
     for name, t in state.items():
-        if t.is_floating_point() and t.ndim > 1:
+        if t.is_floating_point() and t.ndim == 3:  # a mixture's covariances have no channels to share a scale
+            packed[name] = t.half()
+        elif t.is_floating_point() and t.ndim > 1:
             scale = t.flatten(1).abs().amax(dim=1).clamp(min=1e-12) / 127  # the largest weight of a channel becomes ±127
             packed[name] = (t / scale.reshape(-1, *[1] * (t.ndim - 1))).round().to(torch.int8)
             packed[f"{name}.int8_scale"] = scale

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .core import Draws, Model, Source, to_float, weights_hash
-from .priors import FlowPrior, StandardNormal, VampPrior, build_prior, fit_by_name, kl_monte_carlo
+from .priors import FlowPrior, Prior, StandardNormal, VampPrior, build_prior, fit_by_name, kl_monte_carlo
 
 # %% ../nbs/00d_vae.ipynb #cell-006
 def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
@@ -174,6 +174,11 @@ class VAE(Model):
         if len(history) > 1 and all(p.get("heldout_log_det", 0) > 10 for p in history[-2:]):
             return f"the flow has diverged at {history[-1]['kimg']:g} kimg: |log det| {history[-1]['heldout_log_det']:.3g} nats per dimension, sound is at most 10"
         return None
+
+    def use_prior(self, prior: Prior) -> None:
+        "From now on `prior`, such as one fitted to the codes, is this VAE's own: what it samples from, and saves."
+        self.prior = prior.to(self.device)
+        self.config["prior"] = prior.config
 
     @torch.no_grad()
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.features import FeatureNetwork, load_features, weights_folder
 from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
 from hybridvae.metrics import extract, frechet_distance, slerp
-from hybridvae.priors import fit_mixture
+from hybridvae.priors import GaussianMixture, fit_mixture
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
 
@@ -288,6 +288,20 @@ def test_samples_come_as_a_grid_as_arrays_or_as_files(weights, tmp_path):
     assert all(np.array_equal(tile(picture, i // 3, i % 3).permute(1, 2, 0), images[i]) for i in range(5))
     assert files_below(tmp_path / "new" / "files") == [f"0000{i}.png" for i in range(5)]
     assert all(np.array_equal(pixels(tmp_path / "new" / "files" / f"0000{i}.png"), images[i]) for i in range(5))
+
+
+@pytest.mark.parametrize("numbers", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("name", ["vae", "hybrid"])
+def test_exported_weights_hold_their_prior_and_need_no_images(weights, tmp_path, name, numbers):
+    "A sample from the exported file is the one that --prior makes with the images at hand."
+    command("sample --cpu --n 4 --steps 2 --prior ex-pde --dataset shapes --weights", weights[name], "--out", tmp_path / "a.npz")
+    said = command("export --cpu --prior ex-pde --dataset shapes --numbers", numbers, "--weights", weights[name], "--out", tmp_path / "m.safetensors")
+    assert f"{(tmp_path / 'm.safetensors').stat().st_size / 1e6:.1f} MB" in said
+    command("sample --cpu --n 4 --steps 2 --weights", tmp_path / "m.safetensors", "--out", tmp_path / "b.npz")
+    a, b = (np.load(tmp_path / f"{x}.npz")["arr_0"].astype(float) for x in "ab")
+    assert np.abs(a - b).max() <= {"fp32": 0, "fp16": 3, "int8": 40}[numbers] and a.std() > 3
+    vae = getattr(load_model(tmp_path / "m.safetensors"), "vae", None) or load_model(tmp_path / "m.safetensors")
+    assert isinstance(vae.prior, GaussianMixture) and vae.config["prior"]["components"] == vae.prior.config["components"]
 
 
 def test_ex_pde_draws_codes_from_the_mixture_of_the_training_codes(weights, tmp_path):
@@ -710,6 +724,9 @@ MISTAKES = [
     ("campaign --dataset shapes --experiment gan", r"'gan'.*choose from"),
     ("campaign --list --dry-run", "--dry-run and --list"),
     ("campaign --train --measure", "--train and --measure"),
+    ("export --weights vae.safetensors --out model.bin", "model.bin.*safetensors"),
+    ("export --weights vae.safetensors --prior ex-pde --out m.safetensors", "--prior and --dataset go together"),
+    ("export --weights ddpm.safetensors --prior ex-pde --dataset shapes --out m.safetensors", "ex-pde needs a latent code"),
     ("campaign --list --minutes 3", "--minutes"),
     ("bench profile --dataset imagenet", "imagenet"),
     ("bench profile --experiment gan", r"'gan'.*choose from .*ddpm"),
