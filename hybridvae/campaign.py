@@ -40,18 +40,19 @@ def stages() -> list[ModuleType]:
 def queue(*datasets: str) -> list[Entry]:
     """All entries of these data sets, first things first; without a name, those that need a GPU.
 
-    "cifar10-cpu" and "cifar10-full" name the entries of another size, which share the feature network of seed 0. Raises
-    `HybridVAEError` for a data set without entries.
+    "cifar10-cpu" and "cifar10-full" name the entries of another size, which share the feature network of seed 0;
+    "cifar10-trials" names short runs, and what they depend on. Raises `HybridVAEError` for a data set without entries.
     """
     entries = sorted((e for stage in stages() for e in stage.experiments()), key=lambda e: e.priority)
-    family = lambda e: e.dataset + next((size for size in SIZES if e.experiment.endswith(size)), "")
+    family = lambda e: e.dataset + ("-trials" if e.experiment.startswith("trial-") else
+                                    next((size for size in SIZES if e.experiment.endswith(size)), ""))
     known = dict.fromkeys(map(family, entries))
     for name in datasets:
         if name not in known:
             raise HybridVAEError(f"there are no experiments on {name!r}: choose from {', '.join(known)}.")
     chosen = [e for e in entries if family(e) in (datasets or DATASETS)]
-    shared = [e for e in entries if e.experiment == "features" and e.seed == 0 and e not in chosen
-              and any(e.dataset == c.dataset for c in chosen)]
+    needed = {(c.dataset, name) for c in chosen for name in (*c.depends_on.values(), *filter(None, [c.features]))}
+    shared = [e for e in entries if (e.dataset, e.experiment) in needed and e.seed == 0 and e not in chosen]
     return shared + chosen
 
 # %% ../nbs/90_campaign.ipynb #cell-009
@@ -135,8 +136,8 @@ def run_campaign(
     return done
 
 # %% ../nbs/90_campaign.ipynb #cell-014
-TINY = {"width": 4, "kimg": 0.016, "batch_size": 8, "n": 6, "n_study": 6, "batch": 6, "steps": 3, "steps_study": 3,
-        "subset": 60}  # all that a dry run changes
+TINY = {"width": 4, "kimg": 0.016, "batch_size": 8, "n": 6, "n_study": 6, "batch": 6, "steps": 3,
+        "steps_study": 3}  # all that a dry run changes
 
 
 def tiny(value):

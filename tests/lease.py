@@ -6,7 +6,7 @@
 
 `probe` says how fast an entry trains and samples, and fills the compiler's cache. `run` takes lanes: each is a process that
 trains its entries in order and then measures them; two lanes keep the GPU busy while one of them compiles. Whatever is
-finished at the limit is packed into parts of 15 MB; put together and unpacked into a folder, `hybridvae campaign --runs FOLDER`
+finished twenty seconds after the limit is packed into parts of 15 MB; put together and unpacked into a folder, `hybridvae campaign --runs FOLDER`
 goes on from there. `--tiny` tries all of it on the CPU, on stand-in images. NAME@1 is an entry of seed 1. Nothing is needed
 but PyTorch and what the package imports.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 PEAK = 790e12  # operations per second in bfloat16 that an H100 was measured to do
 PART = 15_000_000  # bytes of a part
+GRACE = 20  # seconds after the limit in which a lane may end by itself
 KEPT = ("seed*.json", "seed*.png", "seed*.jpg", "seed*/model.safetensors", "seed*/trained.json", "seed*/measured.json")
 
 
@@ -109,6 +110,12 @@ def run(dataset: str, lanes: list[str], tiny: bool, runs: Path, minutes: float, 
     command = [sys.executable, "-u", "-W", "ignore", __file__, "lane", dataset, "--runs", str(runs), "--minutes", str(minutes),
                *(["--tiny"] if tiny else [])]
     started = [subprocess.Popen([*command, *names.split()]) for names in lanes]
+    clock = time.monotonic() + 60 * minutes + GRACE
+    for process in started:
+        try:
+            process.wait(max(0.0, clock - time.monotonic()))
+        except subprocess.TimeoutExpired:  # it does not look at the clock just now, and what is finished has to come home
+            process.kill()
     codes = [process.wait() for process in started]
     parts = pack(runs, out)
     print(f"{len(parts)} parts, {sum(p.stat().st_size for p in parts) / 1e6:.1f} MB, in {out}; the lanes ended with {codes}")

@@ -24,6 +24,7 @@ from hybridvae.unet import UNet
 ROOT = Path(__file__).parents[1]
 ENTRIES = queue()
 OTHER_SIZES = ("celeba64-cpu", "cifar10-cpu", "cifar10-full", "celeba64-full")
+TRIALS = "celeba64-trials"
 VAE = {"model": "VAE", "image_size": 32, "z_dim": 4, "width": 4, "multipliers": [1, 2], "patch": 4}
 UNET = {"image_size": 32, "width": 8, "multipliers": [1], "attention": [], "patch": 4}
 TRAIN = {"kimg": 0.032, "batch_size": 8}
@@ -64,7 +65,7 @@ def test_the_queue_holds_every_entry_once_in_the_order_of_priority():
 
 
 def test_what_an_entry_needs_comes_before_it():
-    for names in (campaign.DATASETS, ("shapes",), *((name,) for name in OTHER_SIZES)):
+    for names in (campaign.DATASETS, ("shapes",), *((name,) for name in (*OTHER_SIZES, TRIALS))):
         place = {(e.dataset, e.experiment, e.seed): i for i, e in enumerate(queue(*names))}
         for e in queue(*names):
             needed = [(e.dataset, name, e.seed) for name in e.depends_on.values()]
@@ -213,7 +214,7 @@ def leaves(value, path=()):
 
 def test_a_dry_run_changes_the_sizes_in_its_list_and_nothing_else():
     changed = set()
-    for e in queue(*campaign.DATASETS, "shapes", *OTHER_SIZES):
+    for e in queue(*campaign.DATASETS, "shapes", *OTHER_SIZES, TRIALS):
         small = shrink(e)
         before, after = (leaves({f.name: getattr(v, f.name) for f in dataclasses.fields(v)}) for v in (e, small))
         assert before.keys() == after.keys()
@@ -227,15 +228,15 @@ def test_a_dry_run_changes_the_sizes_in_its_list_and_nothing_else():
     assert changed == set(TINY)  # the list names nothing in vain
 
 
-@pytest.mark.parametrize("data", [*campaign.DATASETS, "shapes", *OTHER_SIZES])
+@pytest.mark.parametrize("data", [*campaign.DATASETS, "shapes", *OTHER_SIZES, TRIALS])
 def test_what_differs_in_earnest_differs_in_the_dry_run_too(data):
     alike = {}
     for e in queue(data):
         if e.seed == 0:
             alike.setdefault(config_hash(shrink(e).config), []).append(e)
-    for first, *others in alike.values():  # a dry run is as short for everybody: a difference in length alone is lost
+    for first, *others in alike.values():  # a dry run is as short for everybody: a difference in length or batch alone is lost
         for e in others:
-            as_long = dataclasses.replace(e, train={**e.train, "kimg": first.train["kimg"]})
+            as_long = dataclasses.replace(e, train={**e.train, **{k: first.train[k] for k in ("kimg", "batch_size")}})
             assert as_long.config == first.config, (first.experiment, e.experiment)
 
 
@@ -254,7 +255,7 @@ def test_stand_in_images_are_of_every_size_and_split_and_gone_afterwards(monkeyp
     assert "HYBRIDVAE_DATA" not in os.environ
 
 
-@pytest.mark.parametrize("data", [*campaign.DATASETS, *OTHER_SIZES])
+@pytest.mark.parametrize("data", [*campaign.DATASETS, *OTHER_SIZES, TRIALS])
 def test_every_experiment_comes_through_a_dry_run_that_is_stopped_once(data, tmp_path, monkeypatch, float32):
     "Of the other seeds, which do the same work, one pair; in float32, since numbers so small are slower in bfloat16 wherever they are computed."
     monkeypatch.setattr(runs, "_LAST", {}, raising=False)

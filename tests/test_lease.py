@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,21 @@ def test_what_the_limit_cut_off_is_measured_at_home(tmp_path, monkeypatch):
     with stand_in_data():
         assert [r["experiment"] for r in run_campaign(pool, runs, cpu=True, progress=False, only="measure")] == ["vae"]
         assert [r["experiment"] for r in run_campaign(pool, runs, cpu=True, progress=False)] == ["features"]
+
+
+def test_a_lane_that_does_not_end_is_ended_and_the_rest_is_packed(tmp_path, monkeypatch):
+    "A lane may fit a prior, or compile, and not look at the clock."
+    sys.path.insert(0, str(SCRIPT.parent))
+    import lease as script
+    file = tmp_path / "there" / "cifar10" / "vae" / "seed0" / "trained.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    start = subprocess.Popen
+    monkeypatch.setattr(script.subprocess, "Popen", lambda command: start(["sleep", "100" if command[-1] == "slow" else "0"]))
+    monkeypatch.setattr(script, "GRACE", 0.2)
+    began = time.monotonic()
+    script.run("cifar10", ["slow", "quick"], False, tmp_path / "there", 0.0, tmp_path / "out")
+    assert time.monotonic() - began < 20 and (unpacked(tmp_path / "out", tmp_path) / "cifar10/vae/seed0/trained.json").exists()
 
 
 def test_a_package_is_cut_into_parts_that_fit(tmp_path, monkeypatch):
