@@ -209,3 +209,14 @@ def test_every_convolution_meets_images_with_channels_last(patch):
             layer.register_forward_pre_hook(lambda _, inputs, name=name: met.append((name, inputs[0].is_contiguous(memory_format=torch.channels_last))))
     net(torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last), torch.zeros(2))
     assert len(met) > 10 and [name for name, last in met if not last] == []
+
+
+def test_the_middle_attends_where_it_is_asked_to():
+    "Whatever resolutions are named; weights of before, without the key, are built as they were."
+    build = lambda **options: UNet(image_size=16, width=8, multipliers=(1, 2), **options)
+    attends = lambda unet: isinstance(unet.middle[0][1], SelfAttention)
+    assert attends(build(attention=(), middle=True)) and attends(build(attention=(8,))) and not attends(build(attention=(16,)))
+    old = {k: v for k, v in build(attention=(16,)).config.items() if k != "middle"}
+    assert UNet(**old).state_dict().keys() == build(attention=(16,)).state_dict().keys()
+    unet, x, z = build(attention=(), middle=True), torch.randn(1, 3, 16, 16), torch.zeros(1, dtype=torch.long)
+    assert unet(x, z).shape == x.shape
