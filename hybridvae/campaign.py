@@ -75,9 +75,9 @@ def _measured(entry: Entry, folder: Path) -> str:
     "How many of a trained entry's evaluations and studies are done."
     try:
         done = json.loads((folder / "measured.json").read_text())
-    except (OSError, ValueError):
+        n = len(done["evaluations"]) + sum(name in done for name in entry.studies)
+    except (OSError, ValueError, KeyError):
         return ""
-    n = len(done["evaluations"]) + sum(name in done for name in entry.studies)
     return f", measured {n} of {len(entry.evaluations) + len(entry.studies)}"
 
 

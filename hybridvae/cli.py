@@ -467,7 +467,8 @@ def sample(
     steps: Steps = 20,
     guidance_weight: Guidance = 1.0,
     refine_steps: Annotated[int | None, typer.Option(min=0, help="of a latent diffusion's plan by a DiffuseVAE's U-Net; --steps are those of the codes")] = None,
-    prior: Annotated[Fitted | None, typer.Option(help="draw codes from a prior fitted to those of --dataset: a mixture (ex-pde, mog), a VampPrior, a flow (realnvp, maf)")] = None,
+    prior: Annotated[Fitted | None, typer.Option(
+        help="draw codes from a prior fitted to those of --dataset: a mixture (ex-pde, mog), a VampPrior, a flow (realnvp, maf)")] = None,
     dataset: Annotated[str, typer.Option(help="whose training images --prior is fitted to")] = "",
     seed: Seed = 0,
     first: Annotated[int, typer.Option(min=0, help="number of the first image: several machines can share a set")] = 0,
@@ -654,9 +655,9 @@ def interpolate(
                               "--dataset cifar10 --numbers int8 --out cifar10-diffusevae.safetensors"))
 def export(
     weights: Weights,
-    prior: Annotated[Fitted | None, typer.Option(help="fit a prior to the codes of --dataset, and keep it as the model's own")] = None,
+    prior: Annotated[Fitted | None, typer.Option(help="fit it to the codes of --dataset, and keep it as the model's own")] = None,
     dataset: Annotated[str, typer.Option(help="whose training images --prior is fitted to")] = "",
-    numbers: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="four, two or one byte for a weight")] = "fp16",
+    numbers: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="four, two or one byte a weight")] = "fp16",
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="x.safetensors")] = Path("model.safetensors"),
     cpu: Cpu = False,
@@ -838,7 +839,8 @@ def _picked(entries: list, patterns: list[str]) -> list:
                               'campaign --dataset shapes --experiment "diffusevae-*" --cpu'))
 def campaign(
     ctx: typer.Context,
-    dataset: Annotated[list[str] | None, typer.Option(help="may be repeated; usually the three for a GPU; cifar10-cpu, cifar10-full: entries of another size")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(
+        help="may be repeated; usually the three for a GPU; cifar10-cpu, cifar10-full: entries of another size")] = None,
     experiment: Annotated[list[str] | None, typer.Option(help="only these, * for any letters, and what they depend on; may be repeated")] = None,
     minutes: Minutes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only try every entry, tiny, on stand-in images")] = False,
@@ -856,7 +858,8 @@ def campaign(
 
     modes = {"--dry-run": dry_run, "--list": list_, "--train": train, "--measure": measure}
     if sum(modes.values()) > 1:
-        raise HybridVAEError(f"{' and '.join(name for name, on in modes.items() if on)} do not go together: choose one of them.")
+        given = " and ".join(name for name, on in modes.items() if on)
+        raise HybridVAEError(f"{given} do not go together: choose one of them.")
     if list_:
         _refuse(ctx, ("minutes",), "--list")
     entries = queue(*dataset or ())
@@ -866,7 +869,8 @@ def campaign(
     elif dry_run:
         _try_out(entries, minutes)
     else:
-        large = next((e.dataset for e in entries if e.dataset != "shapes" and not e.experiment.endswith(("-cpu", "features"))), None)
+        for_cpu = lambda e: e.dataset == "shapes" or e.experiment.endswith(("-cpu", "features"))
+        large = next((e.dataset for e in entries if not for_cpu(e)), None)
         if large and not cpu and default_device(cpu).type == "cpu":
             raise HybridVAEError(f"there is no GPU here, and the experiments on {large} would take weeks without one: choose --dataset shapes or "
                                  "one that ends in -cpu, or insist with --cpu.")

@@ -463,15 +463,26 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
 
 # %% ../nbs/00a_core.ipynb #cell-042
 _COSINE = {"schedule": "cosine", "prediction": "v", "weighting": "min_snr"}
-_ABLATION = {"width": 64, "multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [16], "middle": True}  # about 9M parameters
-_FULL = _ABLATION | {"width": 128}  # about 36M
-_SMALL = {"width": 96, "multipliers": [1, 2, 2], "attention": [8], "middle": True}  # about 11M, a third of the operations
-_X0 = {"schedule": "cosine", "prediction": "x0", "weighting": "min_snr"}  # patches of pixels are predicted more easily than their noise
 _PAPER = {"schedule": "linear", "timesteps": 1000, "prediction": "eps", "weighting": "simple"}
-_PHOTOGRAPHS = {  # how they are evaluated: what codes are drawn from, which models at how many steps
-    "prior": "ex-pde", "curves": ["ddpm", "diffusevae-form1-z"], "curve_steps": [10, 20, 50], "ancestral": "diffusevae-form1-z"}
-_PAPER_SIGMA = 2**0.5  # the summed squared error of images in [0, 1] plus the KL, in our range of [-1, 1]
-_PAPER_TRAINING = {"lr_decay": "constant", "warmup_kimg": 640, "ema_kimg": 887, "flip": True}  # 5,000 steps; decay 0.9999
+_X0 = {"schedule": "cosine", "prediction": "x0", "weighting": "min_snr"}  # a patch is easier to predict than its noise
+_LEVELS = {"multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [16], "middle": True}
+_ABLATION = {"width": 64, **_LEVELS}  # about 9M parameters
+_FULL = {"width": 128, **_LEVELS}  # about 36M
+_SMALL = {"width": 96, "multipliers": [1, 2, 2], "attention": [8], "middle": True}  # about 11M, fewer operations
+_PHOTOGRAPHS = {  # what is measured
+    "prior": "ex-pde",  # what codes are drawn from in the main evaluation
+    "curves": ["ddpm", "diffusevae-form1-z"], "curve_steps": [10, 20, 50], "ancestral": "diffusevae-form1-z",
+    "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 1_000,
+}
+_CPU = {
+    "diffusion": _X0, **_PHOTOGRAPHS, "parameters": 10.7e6,
+    "train_vae": {"kimg": 200, "batch_size": 32, "lr": 1e-3, "flip": True},
+    "train": {"kimg": 200, "batch_size": 16, "lr": 5e-4, "flip": True},
+}
+# σ of the summed squared error of images in [0, 1] plus the KL, in our range of [-1, 1]
+_PAPER_VAE = {"z_dim": 512, "width": 64, "patch": 2, "sigma": 2**0.5}
+# 5,000 steps of warm-up; a decay of 0.9999
+_PAPER_TRAINING = {"batch_size": 128, "lr_decay": "constant", "warmup_kimg": 640, "ema_kimg": 887, "flip": True}
 
 PRESETS = {
     "shapes": {
@@ -491,10 +502,11 @@ PRESETS = {
         "vae": {"image_size": 32, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.2},
         "unet": {"image_size": 32, **_ABLATION},
         "diffusion": _COSINE,
-        "train_features": {"kimg": 3_000, "batch_size": 1_024, "lr": 5e-3, "weight_decay": 0.2, "flip": True, "ema_kimg": 0},
+        "train_features": {"kimg": 3_000, "batch_size": 1_024, "lr": 5e-3, "weight_decay": 0.2, "flip": True,
+                           "ema_kimg": 0},
         "train_vae": {"kimg": 1_500, "batch_size": 256, "lr": 1e-3, "flip": True},
         "train": {"kimg": 1_000, "batch_size": 256, "lr": 8e-4, "flip": True},
-        "n": 10_000, "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 1_000, **_PHOTOGRAPHS, "batch": 1_000, "parameters": 9e6,
+        **_PHOTOGRAPHS, "n": 10_000, "batch": 1_000, "parameters": 9e6,
     },
     "celeba64": {
         "features": {"model": "FaceEncoder", "name": "faces"},
@@ -504,41 +516,31 @@ PRESETS = {
         "train_features": {"kimg": 1_000, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.05, "ema_kimg": 0},
         "train_vae": {"kimg": 500, "batch_size": 128, "lr": 1e-3, "flip": True},
         "train": {"kimg": 500, "batch_size": 128, "lr": 6e-4, "flip": True},
-        "n": 5_000, "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 1_000, **_PHOTOGRAPHS, "batch": 500, "parameters": 9e6,
+        **_PHOTOGRAPHS, "n": 5_000, "batch": 500, "parameters": 9e6,
     },
     "celeba64-cpu": {
         "vae": {"image_size": 64, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4], "patch": 4, "sigma": 0.2},
-        "unet": {"image_size": 64, **_SMALL, "patch": 4},
-        "diffusion": _X0,
-        "train_vae": {"kimg": 200, "batch_size": 32, "lr": 1e-3, "flip": True},
-        "train": {"kimg": 200, "batch_size": 16, "lr": 5e-4, "flip": True},
-        "n": 5_000, "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 1_000, **_PHOTOGRAPHS, "batch": 250, "parameters": 10.7e6,
+        "unet": {"image_size": 64, **_SMALL, "patch": 4}, **_CPU, "n": 5_000, "batch": 250,
     },
     "cifar10-cpu": {
         "vae": {"image_size": 32, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.2},
-        "unet": {"image_size": 32, **_SMALL, "patch": 2},
-        "diffusion": _X0,
-        "train_vae": {"kimg": 200, "batch_size": 32, "lr": 1e-3, "flip": True},
-        "train": {"kimg": 200, "batch_size": 16, "lr": 5e-4, "flip": True},
-        "n": 10_000, "n_curve": 2_000, "n_ancestral": 1_000, "n_study": 1_000, **_PHOTOGRAPHS, "batch": 500, "parameters": 10.7e6,
+        "unet": {"image_size": 32, **_SMALL, "patch": 2}, **_CPU, "n": 10_000, "batch": 500,
     },
     "cifar10-full": {
         "seeds": [0],
-        "vae": {"image_size": 32, "z_dim": 512, "width": 64, "multipliers": [1, 2, 4], "patch": 2, "sigma": _PAPER_SIGMA},
-        "unet": {"image_size": 32, **_FULL, "dropout": 0.3},
-        "diffusion": _PAPER,
+        "vae": {"image_size": 32, "multipliers": [1, 2, 4], **_PAPER_VAE},
+        "unet": {"image_size": 32, **_FULL, "dropout": 0.3}, "diffusion": _PAPER, "parameters": 38e6,
         "train_vae": {"kimg": 25_000, "batch_size": 128, "lr": 1e-4},
-        "train": {"kimg": 142_000, "batch_size": 128, "lr": 2e-4, **_PAPER_TRAINING},
-        "n": 50_000, "n_ancestral": 50_000, "n_study": 2_000, "batch": 1_000, "parameters": 38e6,
+        "train": {"kimg": 142_000, "lr": 2e-4, **_PAPER_TRAINING},
+        "n": 50_000, "n_ancestral": 50_000, "n_study": 2_000, "batch": 1_000,
     },
     "celeba64-full": {
         "seeds": [0],
-        "vae": {"image_size": 64, "z_dim": 512, "width": 64, "multipliers": [1, 2, 4, 4], "patch": 2, "sigma": _PAPER_SIGMA},
-        "unet": {"image_size": 64, **_FULL, "dropout": 0.1},
-        "diffusion": _PAPER,
+        "vae": {"image_size": 64, "multipliers": [1, 2, 4, 4], **_PAPER_VAE},
+        "unet": {"image_size": 64, **_FULL, "dropout": 0.1}, "diffusion": _PAPER, "parameters": 38e6,
         "train_vae": {"kimg": 10_000, "batch_size": 128, "lr": 1e-4},
-        "train": {"kimg": 40_000, "batch_size": 128, "lr": 2e-5, **_PAPER_TRAINING},
-        "n": 10_000, "n_ancestral": 10_000, "n_study": 1_000, "batch": 500, "parameters": 38e6,
+        "train": {"kimg": 40_000, "lr": 2e-5, **_PAPER_TRAINING},
+        "n": 10_000, "n_ancestral": 10_000, "n_study": 1_000, "batch": 500,
     },
     "celeba256": {
         "seeds": [0],

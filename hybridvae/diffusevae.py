@@ -224,8 +224,7 @@ def feature_agreement(a: torch.Tensor, b: torch.Tensor, features: FeatureModel) 
 def condition_agreement(x_hat: torch.Tensor, refined: torch.Tensor, features: FeatureModel) -> dict:
     """How often shape and hue (within 30 degrees) read from refinements (N, 3, H, W) are those read from their x̂.
 
-    From a network that does not know Shapes' factors: the mean cosine of their features, from the common mean, and how often
-    it names the same class. Also with the coarse images shuffled against the refinements, which is chance.
+    For a network without Shapes' factors, `feature_agreement`. `shuffled`: coarse images shuffled, which is chance.
     """
     if not features.factors:
         return {"n": len(x_hat), **feature_agreement(x_hat, refined, features),
@@ -331,14 +330,15 @@ def experiments(dataset: str | None = None) -> list[Entry]:
     return tried + [entry for name, preset in presets.items() for seed in preset.get("seeds", (0, 1, 2))
                     for entry in _experiments(name, preset, seed)]
 
-
+# %% ../nbs/01_diffusevae.ipynb #c09e78fc
 def _experiments(name: str, preset: dict, seed: int) -> list[Entry]:
     "The entries of one preset and seed."
     dataset, _, size = name.partition("-")
     suffix, small = size and f"-{size}", dataset == "shapes"
     rest = dict(dataset=dataset, seed=seed, batch=preset["batch"], n_study=preset["n_study"], half=not small)
     first, found = _priority(dataset, size, seed), []
-    if "features" in preset and seed < (2 if dataset in ("cifar10", "celeba64") else 1):  # a second one, to check the first
+    seeds = (0, 1) if dataset in ("cifar10", "celeba64") else (0,)  # a second network, to check the first
+    if "features" in preset and seed in seeds:
         found.append(Entry("features", model=preset["features"], train=preset["train_features"], priority=first,
                            **rest | {"n_study": preset["n"], "half": False}))
 
@@ -369,7 +369,8 @@ def _experiments(name: str, preset: dict, seed: int) -> list[Entry]:
         return found
     refine("diffusevae-form2-noconcat", LATER, form=2, concat=False)
     if seed == 0 and not size:
-        refine("diffusevae-form1-paper", LATER, diffusion={"schedule": "linear", "prediction": "eps", "weighting": "simple"})
+        refine("diffusevae-form1-paper", LATER,
+               diffusion={"schedule": "linear", "prediction": "eps", "weighting": "simple"})
     if seed == 0 and small:
         refine("diffusevae-form1-dropout", LATER, cond_dropout=0.1)
     return found
@@ -385,7 +386,8 @@ LATER, OTHER_SEEDS = 40, 50  # places in the queue behind the first seed of the 
 
 def _priority(dataset: str, size: str, seed: int) -> int:
     "Place in the queue: CIFAR-10 before CelebA-64, CelebA-256 late; other sizes, and Shapes, have queues of their own."
-    first = (200 + (dataset == "cifar10")) if size else {"shapes": 0, "cifar10": 10, "celeba64": 20, "celeba256": 100}[dataset]
+    first = {"shapes": 0, "cifar10": 10, "celeba64": 20, "celeba256": 100}[dataset]
+    first = 200 + (dataset == "cifar10") if size else first
     return first + (OTHER_SEEDS + seed if seed else 0)
 
 
@@ -404,14 +406,14 @@ def protocol(preset: dict, seed: int, experiment: str) -> tuple[dict, ...]:
     if experiment.endswith("-dropout"):  # its question is another
         return (*found, *(main | few | {"guidance_weight": w} for w in GUIDANCE_WEIGHTS))
     if seed == 0 and not one_shot and experiment in preset.get("curves", [experiment]):
-        found += [{"sampler": s, "steps": k, **few} for s in ("dpmpp", "ddim") for k in preset.get("curve_steps", CURVE_STEPS)]
+        counts = preset.get("curve_steps", CURVE_STEPS)
+        found += [{"sampler": s, "steps": k, **few} for s in ("dpmpp", "ddim") for k in counts]
     found.append(main | few)
     if one_shot or hybrid:
         found.append(main | few | {"prior": "ex-pde"})
     if seed == 0 and experiment == preset.get("ancestral", "diffusevae-form1"):
         found.append(ancestral | {k: v for k, v in few.items() if k != "n"})
     return tuple(e for i, e in enumerate(found) if e not in found[:i])
-
 
 # %% ../nbs/01_diffusevae.ipynb #2ac2842a
 TRIALS = {  # name: what it changes in the preset -cpu of a data set, part by part
@@ -423,17 +425,19 @@ TRIALS = {  # name: what it changes in the preset -cpu of a data set, part by pa
 }
 TRIAL_KIMG = {"vae": 40, "refiner": 30}
 
-
+# %% ../nbs/01_diffusevae.ipynb #4118d119
 def trials(dataset: str) -> list[Entry]:
     "The trials on photographs: VAEs, and refiners of the first of them."
     preset, found = PRESETS[f"{dataset}-cpu"], []
     for name, changes in TRIALS.items():
-        changed = {part: {**preset[part], **changes.get(part, {})} for part in ("vae", "unet", "diffusion", "train_vae", "train")}
-        vae = name.startswith("vae")
-        model = {"model": "VAE", **changed["vae"]} if vae else {
-            "model": "DiffuseVAE", "form": 1, "z_guidance": True, **{k: changed[k] for k in ("vae", "unet", "diffusion")}}
-        train = changed["train_vae"] | {"kimg": TRIAL_KIMG["vae"]} if vae else changed["train"] | {"kimg": TRIAL_KIMG["refiner"]}
-        shown = {"sampler": None if vae else "dpmpp", "steps": 1 if vae else 20, "n": 100, "prior": preset["prior"]}
-        found.append(Entry(f"trial-{name}", dataset, model, train, depends_on={} if vae else {"vae": "trial-vae"}, evaluations=(shown,),
-                           batch=100, priority=199))
+        part = lambda key: {**preset[key], **changes.get(key, {})}
+        if name.startswith("vae"):
+            kind, needs, shown = "vae", {}, {"sampler": None, "steps": 1}
+            model, train = {"model": "VAE", **part("vae")}, part("train_vae")
+        else:
+            kind, needs, shown = "refiner", {"vae": "trial-vae"}, {"sampler": "dpmpp", "steps": 20}
+            parts = {key: part(key) for key in ("vae", "unet", "diffusion")}
+            model, train = {"model": "DiffuseVAE", "form": 1, "z_guidance": True, **parts}, part("train")
+        found.append(Entry(f"trial-{name}", dataset, model, train | {"kimg": TRIAL_KIMG[kind]}, depends_on=needs,
+                           evaluations=(shown | {"n": 100, "prior": preset["prior"]},), batch=100, priority=199))
     return found

@@ -199,10 +199,11 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def measure(self, x: torch.Tensor) -> None:
-        "Take the directions from images (N, 3, H, W): eigenvectors of the patches' covariance, each over its deviation."
+        "Take the directions from images (N, 3, H, W): eigenvectors of their patches' covariance, over the deviation."
         patches = F.unfold(x, 2).transpose(1, 2).reshape(-1, 12).double()
         variance, directions = torch.linalg.eigh(patches.T.cov())
-        rows = (directions / (variance + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)  # the constant keeps noise from being blown up
+        # the constant bounds the gain of directions that hardly occur
+        rows = (directions / (variance + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
         self.weight.copy_(torch.cat([rows, -rows]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -210,11 +211,12 @@ class Whitening(nn.Module):
 
 # %% ../nbs/00h_features.ipynb #965a5fc5
 def whitened_body(channels: tuple[int, ...]) -> nn.Sequential:
-    "Images (N, 3, H, W) in [-1, 1] -> features (N, channels[-1]): whitening, then groups of two convolutions (Jordan 2024)."
+    "Images (N, 3, H, W) in [-1, 1] -> features (N, channels[-1]): whitening, groups of two convolutions (Jordan 2024)."
     conv = lambda before, now: nn.Conv2d(before, now, 3, padding=1, bias=False)
     layers, width = [Whitening(), nn.GELU()], 24
     for c in channels:
-        layers += [conv(width, c), nn.MaxPool2d(2), nn.BatchNorm2d(c), nn.GELU(), conv(c, c), nn.BatchNorm2d(c), nn.GELU()]
+        layers += [conv(width, c), nn.MaxPool2d(2), nn.BatchNorm2d(c), nn.GELU()]
+        layers += [conv(c, c), nn.BatchNorm2d(c), nn.GELU()]
         width = c
     return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
 
@@ -245,7 +247,7 @@ class Classifier(FeatureModel):
         name: str = "cifar",  # how metrics name it: "FD (cifar)"
         classes: int = 10,  # labels are 0 ... classes - 1
         image_size: int = 32,  # height and width, pixels
-        channels: tuple[int, ...] = (64, 256, 256),  # of each group, which halves the image; the last: number of features
+        channels: tuple[int, ...] = (64, 256, 256),  # of each group, which halves the image; the last: features
         reach: int = 2,  # training images are moved by up to so many pixels
         cutout: int = 12,  # side of the square that is hidden in training images, pixels; 0: none
     ):

@@ -94,7 +94,8 @@ class ImageStatistics:
                                  "give uint8 (B, 3, H, W), made with `to_uint8`.")
         images = images.to(next(self.network.parameters()).device)
         # whoever samples in half precision is measured in full; and a GPU's convolutions in float32, not in TF32
-        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(images.device.type, enabled=False), exact:
             features, logits = _both(self.network, images)
         found = {"features": features, "logits": logits, "high_frequency": high_frequency_power(images)}
         for name, value in found.items():

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .core import (Draws, HybridVAEError, Model, atomic_path, build_model, config_hash, count_flops, count_parameters, default_device, derive_seed,
+from .core import (Draws, HybridVAEError, Model, atomic_path, build_model, config_hash,
+                            count_flops, count_parameters, default_device, derive_seed,
                             device_name, image_draws, load_model, load_record, load_records, project_root, provenance, record_path, save_grid, save_model,
                             to_uint8, weights_hash, write_json, write_record)
 from .data import Batches, ImageData, data_root, load_data
@@ -101,7 +102,7 @@ def evaluate(
     precision: str = "auto",  # see `TrainConfig`
     check: Callable = lambda: None,  # called before each batch: raises to stop
     progress: bool = True,  # show a bar
-    keep: Path | None = None,  # folder where batches are kept until all are there: what is found in it is not drawn again
+    keep: Path | None = None,  # folder for batches until all are there: what it holds is not drawn again
 ) -> dict:
     "One entry of a record's `evaluations`: metrics of n samples, drawn by image (`core.image_draws`), and time per image."
     n, steps = evaluation["n"], evaluation["steps"]
@@ -210,7 +211,7 @@ def run_entry(
     progress: bool = True,  # show bars
     train_only: bool = False,  # measure it another time
 ) -> dict | None:
-    """Run an entry, or continue it; return its record, or None where the limit in minutes came first, or it is only trained.
+    """Run an entry, or continue it; return its record: None where the limit came first, or it is only trained.
 
     Raises `HybridVAEError` where training fails or the disk is full. What is recorded already is not run again.
     """
@@ -219,7 +220,10 @@ def run_entry(
         return record
     job = _Job(list(entries), Path(runs), Clock(minutes), cpu, progress)
     try:
-        return job.train(entry) and None if train_only else job.run(entry)
+        if train_only:
+            job.train(entry)
+            return None
+        return job.run(entry)
     except TimeUp:
         return None
 
@@ -293,7 +297,8 @@ class _Job:
         images = result.step * config.batch_size
         trained = {"config_hash": config_hash(entry.config), "kimg": images / 1000, **provenance(model.device),
                    "precision": result.precision, "compiled": result.compiled, "parts": result.parts,
-                   "data_hash": data.fingerprint, "train_seconds": result.seconds, "train_cpu_seconds": result.cpu_seconds,
+                   "data_hash": data.fingerprint,
+                   "train_seconds": result.seconds, "train_cpu_seconds": result.cpu_seconds,
                    "train_images_per_second": images / max(result.seconds, 1e-9), "peak_memory_bytes": result.peak_memory_bytes,
                    "depends_on": parents, "history": result.history, **({"stopped": result.stopped} if result.stopped else {})}
         save_model(model, folder / "model.safetensors", torch.float16 if half else None)
@@ -332,8 +337,9 @@ class _Job:
                 with eager():  # codes for a fitted prior come in batches of another shape
                     options = model.sampling_options(_asked(evaluation), data, entry.seed)
                 keep = done.images_of(evaluation, entry)
-                done.add(evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch, entry.precision,
-                                  self.clock.check, self.progress, keep) | _measured_by(device))
+                found = evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch,
+                                 entry.precision, self.clock.check, self.progress, keep)
+                done.add(found | _measured_by(device))
                 shutil.rmtree(keep)
         with eager(), autocast(device, entry.precision):
             material = Material(data, test, networks[0], references[0]["held-out"], entry.n_study, entry.batch, steps=entry.steps_study) if networks else None

@@ -499,7 +499,8 @@ class _Run:
         self.spent = tuple(before + end - start for before, end, start in zip(self._before, now, self.begun))
         self.saved, self.peak_memory = now[0], max(self.peak_memory, peak_memory(self.device))
         save_checkpoint(self.folder, model, average, optimizer,
-                        {"step": self.step, "seconds": self.spent[0], "cpu_seconds": self.spent[1], "history": self.history,
+                        {"step": self.step, "seconds": self.spent[0], "cpu_seconds": self.spent[1],
+                         "history": self.history,
                          "since_point": self.since_point, "identity": self.identity, "data": self.data,
                          "parts": self.parts, "peak_memory_bytes": self.peak_memory})
 

@@ -435,6 +435,15 @@ def test_the_fit_is_scikit_learns():
         torch.testing.assert_close(mine[order], torch.from_numpy(other).float(), rtol=0.05, atol=0.05)
 
 
+def test_components_far_from_each_other_keep_their_small_spread():
+    "In single precision a covariance taken as the mean square less the squared mean would lose it, or not be positive."
+    centres = torch.tensor([[-300.0, 0.0], [300.0, 0.0]])
+    codes = torch.cat([c + 0.05 * torch.randn(500, 2, generator=generator(i)) for i, c in enumerate(centres)])
+    fit = fit_mixture(codes, 2)
+    spread = (fit.roots @ fit.roots.mT).diagonal(dim1=1, dim2=2).sqrt()
+    torch.testing.assert_close(spread, torch.full((2, 2), 0.05), rtol=0.15, atol=0)
+
+
 def test_the_fit_knows_held_out_codes_better_than_the_normal_prior():
     truth = mixture(5, 3, seed=3, spread=3.0)
     codes, held = truth.sample(2_000, generator(0)), truth.sample(1_000, generator(1))
