@@ -513,7 +513,7 @@ PRESETS = {
         "vae": {"image_size": 64, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4, 4], "patch": 2, "sigma": 0.2},
         "unet": {"image_size": 64, **_ABLATION},
         "diffusion": _COSINE,
-        "train_features": {"kimg": 1_000, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.05, "ema_kimg": 0},
+        "train_features": {"kimg": 500, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.05, "ema_kimg": 0},
         "train_vae": {"kimg": 500, "batch_size": 128, "lr": 1e-3, "flip": True},
         "train": {"kimg": 500, "batch_size": 128, "lr": 6e-4, "flip": True},
         **_PHOTOGRAPHS, "n": 5_000, "batch": 500, "parameters": 9e6,
