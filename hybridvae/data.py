@@ -80,7 +80,11 @@ def _grain(number: np.ndarray, image_size: int) -> np.ndarray:
     return (field - 0.5) / (np.sqrt(1 / 12) * 3 / 8)  # a uniform's deviation, times √(6/16) for each axis
 
 
-def draw_shapes(factors: np.ndarray, image_size: int = 32) -> np.ndarray:
+def draw_shapes(
+    factors: np.ndarray,  # (N, 8), columns as in `FACTORS`
+    image_size: int = 32,  # height and width, pixels
+    texture: float = 1.0,  # strength of the grain; 0: none
+) -> np.ndarray:
     "Images (N, image_size, image_size, 3), uint8, of factors (N, 8)."
     shape, hue, size, x, y, rotation, ground, _ = factors.T[:, :, None, None].astype(np.float64)
     axis = (np.arange(image_size) + 0.5) / image_size - 0.5
@@ -89,7 +93,7 @@ def draw_shapes(factors: np.ndarray, image_size: int = 32) -> np.ndarray:
     distance = _signed_distance(shape, c * right + s * down, c * down - s * right, size)
     inside = np.clip(0.5 - distance * image_size, 0, 1)[..., None]
     grain = _grain(factors[:, -1].astype(np.float64), image_size)[..., None]
-    colour, behind = _hsv(hue, 0.9, 0.95), _hsv(ground, 0.4, 0.55) * np.clip(1 + 0.2 * grain, 0.2, 1.8)
+    colour, behind = _hsv(hue, 0.9, 0.95), _hsv(ground, 0.4, 0.55) * np.clip(1 + 0.2 * texture * grain, 0.2, 1.8)
     return np.round(255 * (inside * colour + (1 - inside) * behind)).astype(np.uint8)
 
 # %% ../nbs/00b_data.ipynb #cell-017

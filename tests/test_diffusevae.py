@@ -502,7 +502,7 @@ def identical(m):
 
 NUMBERS = {"prior_gap": {f"{what} {where}" for what in ("x̂", "refined x̂")
                          for where in ("of real images", "from the prior", "from ex-PDE")},
-           "robustness": {"levels", "noise on x̂", "noise on z"}, "path_length": {"x̂", "refined"},
+           "robustness": {"levels", "noise on x̂", "noise on z"},
            "condition_agreement": {"shape", "hue", "both", "shuffled"}}
 
 
@@ -555,21 +555,12 @@ def test_the_prior_gap_is_the_distance_of_each_priors_images(eye):
     assert max(answer["x̂ of real images"], answer["x̂ from ex-PDE"]) < 0.5 * answer["x̂ from the prior"], answer
 
 
-def test_a_refiner_that_changes_nothing_has_the_path_length_of_its_vae(eye):
+def test_the_path_length_is_that_of_the_vae_over_enough_pairs(eye, monkeypatch):
+    monkeypatch.setattr("hybridvae.diffusevae.PATH_PAIRS", 30)
     m = model(1)
-    plain = STUDIES["path_length"](m.vae, material(eye))
-    assert set(plain) == {"n", "x̂"} and plain["x̂"] > 0
-    m.interpolate = lambda z, noise, **options: (None, m.vae.decode(z))
-    answer = STUDIES["path_length"](m, material(eye))
-    assert answer["x̂"] == plain["x̂"] == pytest.approx(answer["refined"], rel=1e-9)
-
-
-def test_the_path_length_of_refinements_holds_the_noise_fixed(eye):
-    "With fresh noise for each image the two ends of a short piece would be far apart, whatever the code."
-    m = identical(model(1, concat=False))
-    m.interpolate = DiffuseVAE.interpolate.__get__(m)
-    m.refine = lambda x_hat, z, noise, **options: noise  # a refiner that shows its noise and nothing else
-    assert STUDIES["path_length"](m, material(eye))["refined"] == 0
+    answer = STUDIES["path_length"](m, material(eye, n=12))
+    assert answer == STUDIES["path_length"](m.vae, material(eye, n=12)) and answer["n"] == 30 and answer["x̂"] > 0
+    assert STUDIES["path_length"](m, material(eye, n=40))["n"] == 40
 
 
 class Barcode:

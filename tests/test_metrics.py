@@ -12,14 +12,16 @@ import pytest
 import torch
 from conftest import complains, disk_full, files_below, generator, randomised
 from hybridvae.core import count_flops
-from hybridvae.data import ImageData, draw_shapes, shapes_factors
+from hybridvae.data import ImageData, draw_shapes, load_data, shapes_factors
 from hybridvae.features import FeatureNetwork, gaussian_blur, load_features
-from hybridvae.metrics import (DEGRADATIONS, INCEPTION_FILE, ImageStatistics, Profile, compare, density_coverage,
-                               describe, distance_floors, distance_scale, diversity, extract, frechet_distance,
-                               high_frequency_power, inception_score, kernel_distance, linear_readout, load_inception, measure,
-                               metric_name, operator_table, path_length, power_spectrum, precision_recall, profile_call,
-                               profile_model, show_memory, slerp)
+from hybridvae.metrics import (DEGRADATIONS, INCEPTION_FILE, SMOOTHINGS, ImageStatistics, Profile, compare, degraded,
+                               density_coverage, describe, distance_floors, distance_scale, diversity, extract,
+                               frechet_deviation, frechet_distance, high_frequency_power, inception_score,
+                               kernel_distance, linear_readout, load_inception, measure, metric_name, operator_table,
+                               paired, paired_family, paired_table, path_length, power_spectrum, precision_recall,
+                               profile_call, profile_model, show_memory, slerp, texture, texture_distance)
 from sklearn.neighbors import NearestNeighbors
+from torch.nn import functional as F
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -198,22 +200,186 @@ def test_features_do_not_depend_on_the_batch_they_are_made_in(network):
 
 def test_scale_and_floors_are_the_distances_they_name(network):
     train, test = shapes(300), shapes(200, 10_000)
-    reference, features = extract(network, test.tensor()), extract(network, train.tensor())
+    reference, features = describe(network, test), extract(network, train.tensor())
     scale = distance_scale(network, train, test, n=150)
-    assert scale.keys() == DEGRADATIONS.keys()
+    assert scale.keys() == {*SMOOTHINGS, *DEGRADATIONS}
     half = train.first(150).tensor()
     for name, damage in DEGRADATIONS.items():
         damaged = damage(half)
         assert damaged.dtype == torch.uint8 and damaged.shape == half.shape and not torch.equal(damaged, half)
-        assert scale[name] == pytest.approx(frechet_distance(extract(network, damaged), reference), rel=1e-6)
-    assert scale["noise, 20 of 255"] > scale["noise, 5 of 255"] and scale["blur, 1 pixel"] > scale["blur, 0.5 pixels"]
+        assert torch.equal(torch.cat(list(degraded(train, name, np.arange(150), size=150))), damaged)
+        seen = describe(network, damaged)
+        assert scale[name] == pytest.approx({
+            "FD (shapes)": frechet_distance(seen.features, reference.features),
+            "texture distance": texture_distance(seen.texture, reference.texture),
+            "high-frequency power": (seen.high_frequency.mean() / reference.high_frequency.mean()).item()}, rel=1e-5)
+    for less, more in (("noise, 5 of 255", "noise, 20 of 255"), ("blur, 0.5 pixels", "blur, 1 pixel")):
+        assert scale[less]["FD (shapes)"] < scale[more]["FD (shapes)"]
     floors = distance_floors(network, train, test, n=150)
-    halves, held_out = (frechet_distance(features[:150], other) for other in (features[150:], reference))
+    halves, held_out = (frechet_distance(features[:150], other) for other in (features[150:], reference.features))
     assert floors["n"] == 150 and "groups" not in floors
-    assert floors["train half to train half"] == pytest.approx(halves, rel=1e-5)
-    assert floors["train to held-out"] == pytest.approx(held_out, rel=1e-5)
+    assert floors["train half to train half"]["FD (shapes)"] == pytest.approx(halves, rel=1e-5)
+    assert floors["train to held-out"]["FD (shapes)"] == pytest.approx(held_out, rel=1e-5)
 
 
+def test_images_without_texture_are_the_same_images(network):
+    data = shapes(40)
+    plain, half = (torch.cat(list(degraded(data, name, np.arange(40), size=7))) for name in ("no texture", "half the texture"))
+    assert torch.equal(plain, torch.from_numpy(draw_shapes(data.labels, texture=0.0)).permute(0, 3, 1, 2))
+    far = lambda x: (x.float() - data.tensor().float()).abs().mean()
+    assert 0 < far(half) < far(plain) < 20
+
+
+def test_smoothing_photographs_takes_texture_and_leaves_edges():
+    "A step of 200 levels stays; noise of 10 levels goes."
+    step = torch.full((1, 3, 32, 32), 20.0)
+    step[..., 16:] = 220
+    images = (step + 10 * torch.randn(step.shape, generator=generator(0))).round().clamp(0, 255).to(torch.uint8)
+    data = ImageData("folder", "train", images.permute(0, 2, 3, 1).numpy())
+    smooth = next(degraded(data, "no texture", np.arange(1))).float()
+    assert (smooth - step).std() < 0.4 * (images.float() - step).std()
+    assert (smooth[..., 16] - smooth[..., 15]).mean() > 180
+    flat = ImageData("folder", "train", np.full((2, 8, 8, 3), 77, np.uint8))
+    assert torch.equal(next(degraded(flat, "half the texture", np.arange(2))), flat.tensor())
+
+
+# --- texture ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_wavelet_energies_are_those_of_haar_filters():
+    "Against convolutions with the filters of a level, written out, of the luminance's and the colours' means."
+    images = torch.randint(0, 256, (5, 3, 16, 24), generator=generator(0), dtype=torch.uint8)
+    red, green, blue = images.double().unbind(1)
+    y = 0.299 * red + 0.587 * green + 0.114 * blue
+    channels = torch.stack([y, 0.564 * (blue - y), 0.713 * (red - y)], dim=1) / 255
+    want = []
+    for level in range(3):
+        size = 2**level
+        ones = torch.ones(size, size, dtype=torch.float64)
+        for signs in ([[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]):
+            kernel = torch.kron(torch.tensor(signs, dtype=torch.float64), ones) / (2 * size**2)
+            band = F.conv2d(channels.reshape(-1, 1, 16, 24), kernel[None, None], stride=2 * size)
+            want.append(band.reshape(5, 3, -1).square().mean(dim=2))
+    torch.testing.assert_close(texture(images).double(), (torch.cat(want, dim=1) + 1e-6).log(), rtol=0, atol=0.02)
+
+
+def test_a_flat_image_has_no_more_energy_than_rounding():
+    flat = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
+    torch.testing.assert_close(texture(flat), torch.full((2, 27), np.log(1e-6).item()), rtol=0, atol=1e-3)
+    with complains("7 x 8", "at least 8"):
+        texture(torch.zeros(1, 3, 7, 8, dtype=torch.uint8))
+
+
+def test_the_texture_distance_has_the_units_of_the_reference():
+    "A shift of every energy by one deviation of the reference is a distance of 27."
+    reference = torch.randn(400, 27, generator=generator(0)) * torch.linspace(0.1, 5, 27) + 3
+    deviation = reference.std(dim=0)
+    assert texture_distance(reference + deviation, reference) == pytest.approx(27, rel=1e-4)
+    assert abs(texture_distance(reference, reference)) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def seen_by_both(shipped):
+    "1,000 images each: damaged ones, and the real ones of five disjoint sets; distances to 2,000 held-out images."
+    train, reference = load_data("shapes", "train"), describe(shipped, load_data("shapes", "test").first(2_000))
+
+    def distances(batches):
+        seen = describe(shipped, batches)
+        return {"FD": frechet_distance(seen.features, reference.features),
+                "texture": texture_distance(seen.texture, reference.texture)}
+
+    real = [distances(ImageData("shapes", "train", train.images[i:i + 1_000])) for i in range(0, 5_000, 1_000)]
+    damaged = {name: distances(degraded(train, name, np.arange(1_000))) for name in (*SMOOTHINGS, *DEGRADATIONS)}
+    floor = {kind: (np.mean([r[kind] for r in real]), np.std([r[kind] for r in real], ddof=1)) for kind in ("FD", "texture")}
+    return floor, damaged
+
+
+CHAINS = [("half the texture", "no texture"), ("blur, 0.5 pixels", "blur, 1 pixel"), ("noise, 5 of 255", "noise, 20 of 255"),
+          ("JPEG 90", "JPEG 75")]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain[1])
+def test_the_texture_distance_orders_every_damage(seen_by_both, chain):
+    "Each step by more than three deviations of the floor."
+    floor, damaged = seen_by_both
+    mean, deviation = floor["texture"]
+    less, more = (damaged[name]["texture"] for name in chain)
+    assert mean + 3 * deviation < less < more - 3 * deviation
+
+
+def test_a_generator_without_texture_is_caught(seen_by_both):
+    "Real shapes without grain: what FD alone takes for real is beyond five deviations of the floor."
+    floor, damaged = seen_by_both
+    far = {kind: (damaged["no texture"][kind] - mean) / deviation for kind, (mean, deviation) in floor.items()}
+    assert far["texture"] > 5 and damaged["no texture"]["FD"] < damaged["blur, 0.5 pixels"]["FD"]
+
+
+# --- how sure is a distance --------------------------------------------------------------------------------------------
+
+
+def test_the_bootstraps_distances_are_frechet_distances(monkeypatch):
+    "Draws that leave the set as it is: its distance, twice, without spread; and known draws have the spread of theirs."
+    x, y = cloud(300, shift=0.5), cloud(400, seed=1)
+    real = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda high, size, generator=None: real(high, size, generator=generator))
+    parts = torch.Generator().manual_seed(5)
+    want = [frechet_distance(x[real(300, (300,), generator=parts)], y) for _ in range(4)]
+    assert frechet_deviation(x, y, draws=4, seed=5) == pytest.approx(np.std(want, ddof=1), rel=1e-5)
+    monkeypatch.setattr(torch, "randint", lambda high, size, generator=None: torch.arange(*size))
+    assert frechet_deviation(x, y, draws=3) < 1e-9
+
+
+def test_long_features_have_no_bootstrap():
+    x = torch.randn(20, 600, generator=generator(0))
+    assert frechet_deviation(x, x) is None
+
+
+# --- paired runs --------------------------------------------------------------------------------------------------------
+
+
+def by_seed(*values):
+    return dict(enumerate(values))
+
+
+def test_a_paired_difference_is_students():
+    "Mean, interval, p value and bound from the formulas; t quantiles of four degrees of freedom from tables."
+    a, b = by_seed(3.1, 2.2, 4.0, 3.3, 2.9), by_seed(3.9, 3.4, 4.1, 4.5, 3.2)
+    d = np.subtract(list(a.values()), list(b.values()))
+    error = d.std(ddof=1) / np.sqrt(5)
+    found = paired(a, b)
+    assert found.n == 5 and found.difference == pytest.approx(d.mean())
+    assert (found.low, found.high) == pytest.approx((d.mean() - 2.7764 * error, d.mean() + 2.7764 * error), rel=1e-3)
+    assert found.bound == pytest.approx(2.1318 * error - d.mean(), rel=1e-3)
+    back = paired(b, a)
+    assert (back.low, back.high, back.p, back.bound) == pytest.approx((-found.high, -found.low, found.p, found.bound))
+    assert found.verdict == "lower" and back.verdict == "higher" and "lower" in str(found)
+
+
+def test_only_common_seeds_are_compared_and_fewer_than_three_claim_nothing():
+    a, b = {0: 1.0, 1: 2.0, 2: 3.0, 7: 99.0}, {2: 3.5, 1: 2.4, 0: 1.6, 5: -99.0}
+    assert paired(a, b).n == 3 and paired(a, b).difference == pytest.approx(-0.5)
+    assert paired({0: 1.0, 1: 2.0}, b) is None and paired({}, b) is None
+
+
+def test_differences_without_spread_need_no_t():
+    same, less = paired(by_seed(1, 2, 3), by_seed(1, 2, 3)), paired(by_seed(1, 2, 3), by_seed(2, 3, 4))
+    assert same.verdict == "not told apart" and same.bound == 0 and less.verdict == "lower" and less.difference == -1
+
+
+def test_a_family_is_corrected_by_holm():
+    "The smallest p times the size of the family, the next times one less, never falling; and fewer verdicts for it."
+    rng = np.random.default_rng(0)
+    base = {seed: 0.0 for seed in range(4)}
+    family = {str(k): (dict(enumerate(rng.normal(shift, 1, 4))), base) for k, shift in enumerate((2.5, 4.0, 0.0, 1.5))}
+    alone, found = {name: paired(*pair) for name, pair in family.items()}, paired_family(family | {"few": ({}, base)})
+    assert found.keys() == alone.keys()
+    order, highest = sorted(alone, key=lambda name: alone[name].p), 0.0
+    for rank, name in enumerate(order):
+        highest = max(highest, min(1.0, (4 - rank) * alone[name].p))
+        assert found[name].p == pytest.approx(highest) and found[name].low == alone[name].low
+    table = paired_table(found)
+    assert list(table.index) == list(found) and list(table["verdict"]) == [r.verdict for r in found.values()]
+    assert paired_family({}) == {}
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +394,7 @@ def test_every_metric_has_its_floor(network, floored):
     half, other, held_out = (describe(network, part.tensor()) for part in (train.first(120), shapes(120, 120), test))
     for pair, against in (("train half to train half", other), ("train to held-out", held_out)):
         want = {metric_name(kind, network): value for kind, value in measure(half, against).items()}
-        assert floors["metrics"][pair] == pytest.approx(want, rel=1e-4)
-        assert floors[pair] == floors["metrics"][pair]["FD (shapes)"]
+        assert floors[pair] == pytest.approx(want, rel=1e-4) and {"FD (shapes)", "texture distance"} < want.keys()
 
 
 def test_floors_of_a_group_are_those_of_its_images_alone(network, floored):
@@ -421,8 +586,11 @@ def test_the_path_length_of_a_linear_generator_is_known():
     omega = torch.acos(torch.nn.functional.cosine_similarity(a.double(), b.double()))
     orthogonal, _ = torch.linalg.qr(cloud(12, dim=12, seed=2))
     network, draw = Linear(orthogonal), lambda z: z.reshape(-1, 3, 2, 2)
-    want = (127.5 * 0.5 * omega).square().mean().item()
-    assert path_length(draw, a, b, network, batch_size=150) == pytest.approx(want, rel=1e-3)
+    squares = (127.5 * 0.5 * omega).square().sort().values
+    want = squares.mean().item()
+    assert path_length(draw, a, b, network, batch_size=150, trim=0) == pytest.approx(want, rel=1e-3)
+    trimmed = squares[4:-4].mean().item()  # a hundredth of 400 at either end
+    assert path_length(draw, a, b, network) == pytest.approx(trimmed, rel=1e-3) and abs(trimmed / want - 1) > 2e-3
     rounded = lambda z: draw(z).mul(127.5).round().div(127.5)
     assert path_length(rounded, a, b, network) > 1.1 * want  # what rounding to bytes would add
 
@@ -469,7 +637,8 @@ def test_the_readout_is_the_share_of_variance_that_least_squares_explains():
     ("FD", "inception", None, "FID"), ("KID", "inception", "held-out", "KID"), ("class score", "inception", None, "IS"),
     ("precision", "inception", "held-out", "precision (inception)"),
     ("FD", "inception-1a2b3c4d", None, "FD (inception-1a2b3c4d)"),
-    ("high-frequency power", "cifar", "held-out", "high-frequency power"), ("recall", Plain(), None, "recall (plain)")])
+    ("high-frequency power", "cifar", "held-out", "high-frequency power"),
+    ("texture distance", "inception", "training set", "texture distance to training set"), ("recall", Plain(), None, "recall (plain)")])
 def test_only_inception_measures_fid_and_is(kind, network, reference, want):
     assert metric_name(kind, network, reference) == want
 
@@ -487,6 +656,8 @@ def test_a_comparison_says_what_was_compared_with_what():
     want = {
         "FD (plain)": (frechet_distance(sampled.features, held_out.features), "held-out, 60 images"),
         "FD (plain) to training set": (frechet_distance(sampled.features, train.features), "training set, 90 images"),
+        "texture distance": (texture_distance(sampled.texture, held_out.texture), "held-out, 60 images"),
+        "texture distance to training set": (texture_distance(sampled.texture, train.texture), "training set, 90 images"),
         "KID (plain)": (kernel_distance(sampled.features, held_out.features), "held-out, 60 images"),
         "class score (plain)": (inception_score(sampled.logits), None),
         **{f"{name} (plain)": (value, "held-out, 40 images") for name, value in
@@ -495,10 +666,15 @@ def test_a_comparison_says_what_was_compared_with_what():
         "high-frequency power": ((high_frequency_power(shapes(40).tensor()).mean()
                                   / high_frequency_power(held_out_images).mean()).item(), "held-out, 60 images")}
     assert found.keys() == want.keys() and json.loads(json.dumps(found, allow_nan=False)) == found
+    unit = held_out.texture.double().std(dim=0)
+    deviations = {"FD (plain)": frechet_deviation(sampled.features, held_out.features),
+                  "texture distance": frechet_deviation(sampled.texture / unit, held_out.texture / unit)}
     for name, (value, reference) in want.items():
-        seen = (None, None) if name == "high-frequency power" else ("plain", found["FD (plain)"]["hash"])
+        free = name.startswith(("high-frequency power", "texture distance"))
+        seen = (None, None) if free else ("plain", found["FD (plain)"]["hash"])
+        sure = {"deviation": pytest.approx(deviations[name], rel=1e-4)} if name in deviations else {}
         assert found[name] == {"value": pytest.approx(value, rel=1e-4), "reference": reference, "feature_network": seen[0],
-                               "hash": seen[1]}, name
+                               "hash": seen[1]} | sure, name
     with torch.no_grad():
         network.scale.mul_(2)
     assert compare(sampled, {"held-out": held_out}, network)["FD (plain)"]["hash"] != found["FD (plain)"]["hash"]
@@ -631,7 +807,8 @@ def test_with_inception_the_names_and_references_are_the_published_ones():
     references = {name: (m["reference"] or "").partition(",")[0] for name, m in found.items()}
     assert references == {"FID": "training set", "FID to held-out": "held-out", "KID": "held-out", "IS": "", **{
         f"{name} (inception)": "held-out" for name in ("precision", "recall", "density", "coverage", "diversity")},
-        "high-frequency power": "held-out"}
+        "high-frequency power": "held-out", "texture distance": "held-out",
+        "texture distance to training set": "training set"}
 
 
 def test_weights_that_cannot_be_had_or_used_are_one_sentence(weights, tmp_path, monkeypatch):
