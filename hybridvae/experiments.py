@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'FIRST', 'EVERY', 'PHOTOGRAPHS', 'THREE', 'ONE', 'ALL', 'SHAPES', 'ONCE', 'CPU', 'CPU_ONE', 'FULL',
            'ONE_SHOT', 'MAIN', 'FEW', 'USUAL', 'EX_PDE', 'ANCESTRAL', 'CURVE', 'VAE_EVALUATIONS', 'PLAIN_EVALUATIONS',
-           'HYBRID_EVALUATIONS', 'GUIDED_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT', 'TABLES', 'Row', 'filled',
-           'inherited', 'in_place', 'entry_of', 'entries_of']
+           'HYBRID_EVALUATIONS', 'GUIDED_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT', 'WAYS', 'ADAPTIVE_EVALUATIONS',
+           'ADAPTIVE', 'TABLES', 'Row', 'filled', 'inherited', 'in_place', 'entry_of', 'entries_of']
 
 # %% ../nbs/80_experiments.ipynb #afbb745c
 import dataclasses
@@ -315,8 +315,57 @@ JOINT += (
     Row("joint-scratch-b300-100", "joint-100", **_SCRATCH, model={"vae": {"beta": 300.0}}),
 )
 
+# %% ../nbs/80_experiments.ipynb #32bc1422
+_WORST = {"uncertainty": "cycle", "ramp": [0.75, 0.75]}  # the worst quarter of the plans
+
+WAYS = {  # to treat a plan: asked of an evaluation
+    "full trust": {},
+    "fixed strength": {"strength": [0.25, 0.25]},
+    "no trust": {"strength": [1.0, 1.0]},
+    "adaptive strength": {"strength": [0.0, 1.0], **_WORST},
+    "shuffled strength": {"strength": [0.0, 1.0], **_WORST, "shuffled": True},
+    "half strength": {"strength": [0.5, 0.5]},
+    "graded strength": {"strength": [0.0, 1.0], "uncertainty": "cycle"},
+    "shuffled grades": {"strength": [0.0, 1.0], "uncertainty": "cycle", "shuffled": True},
+    "fixed start": {"start": [0.4, 0.4]},
+    "adaptive start": {"start": [0.2, 0.6], "uncertainty": "cycle"},
+    "shuffled start": {"start": [0.2, 0.6], "uncertainty": "cycle", "shuffled": True},
+    "adaptive both": {"strength": [0.0, 1.0], "start": [0.4, 1.0], **_WORST},
+    "shuffled both": {"strength": [0.0, 1.0], "start": [0.4, 1.0], **_WORST, "shuffled": True},
+}
+_SHORT = MAIN | {"steps": 10}  # the grid on which the ways are compared
+_TRUSTED = (MAIN, *(_SHORT | way for way in WAYS.values()), MAIN | {"steps": 3}, MAIN | {"steps": 5})
+_QUARTER = (_SHORT | {"strength": [0.75, 0.75]},  # and what the others would do with a quarter of the plans
+            *(_SHORT | WAYS["adaptive strength"] | {"uncertainty": name}
+              for name in ("re-encode", "head", "error", "prior", "density")))
+ADAPTIVE_EVALUATIONS = (*_TRUSTED, *(e | {"prior": "realnvp"} for e in _TRUSTED),
+                        *(e | {"only": "seed 0"} for e in _QUARTER))
+
+# %% ../nbs/80_experiments.ipynb #ec811fe4
+_FLOW = {"prior": "FlowPrior", "kind": "realnvp"}
+_ADAPT = {"part": "train", "times_kimg": 0.6, "times_lr": 0.5}
+_PLAN_STUDIES = {"truncation": EVERY, "uncertainty": FIRST, "priors": FIRST, "adaptive": FIRST}
+_VARIANT = dict(on=ONE, studies={}, evaluate=(_SHORT, _SHORT | WAYS["adaptive strength"]))
+
+ADAPTIVE = (
+    Row("flow-vae", on=THREE, model={"part": "vae", "model": "VAE", "prior": _FLOW}, train={"part": "train_vae"},
+        evaluate=(ONE_SHOT,), steps_study=10, **_MEASURED),
+    Row("flow-form1", on=THREE, model={"model": "DiffuseVAE", **_PAIR, "vae": {"part": "vae", "prior": _FLOW}},
+        train={"part": "train"}, needs={"vae": "flow-vae"}, evaluate=(MAIN,), steps_study=10, **_MEASURED),
+    Row("adaptive-normal", on=THREE, model={"model": "AdaptiveDiffuseVAE", **_PAIR}, train=_ADAPT,
+        needs=_both("diffusevae-form1"), evaluate=ADAPTIVE_EVALUATIONS, studies=_PLAN_STUDIES | {"noise": FIRST},
+        steps_study=10, **_MEASURED),
+    Row("adaptive-flow", "adaptive-normal", model={"vae": {"prior": _FLOW}}, needs=_both("flow-form1"),
+        evaluate=_TRUSTED, studies=_PLAN_STUDIES),
+    Row("adaptive-control", "adaptive-normal", on=ONE, model={"model": "DiffuseVAE"}, studies={},
+        evaluate=(MAIN, _SHORT, MAIN | {"steps": 3}, MAIN | {"steps": 5})),
+    Row("adaptive-film", "adaptive-normal", **_VARIANT, model={"film": True}),
+    Row("adaptive-realnvp", "adaptive-normal", **_VARIANT, model={"flow": {"kind": "realnvp"}}),
+    Row("adaptive-glow", "adaptive-normal", **_VARIANT, model={"flow": {"kind": "glow"}}),
+)
+
 # %% ../nbs/80_experiments.ipynb #55e6c93f
-TABLES = {"diffusevae": DIFFUSEVAE + TRIALS, "joint": JOINT}  # module: its rows
+TABLES = {"diffusevae": DIFFUSEVAE + TRIALS, "joint": JOINT, "adaptive": ADAPTIVE}  # module: its rows
 
 # %% ../nbs/80_experiments.ipynb #2174e628
 def filled(name: str) -> Row:
