@@ -124,7 +124,7 @@ def data(
 def _entries(dataset: str) -> list:
     "All entries on a data set, of every stage, in every size."
     from hybridvae.campaign import SIZES, queue
-    from hybridvae.core import PRESETS
+    from hybridvae.experiments import PRESETS
 
     return queue(dataset, *(dataset + size for size in SIZES if dataset + size in PRESETS))
 
@@ -174,7 +174,8 @@ PRESETS_BY_SIZE = {48: "cifar10", 96: "celeba64", 1024: "celeba256"}  # images o
 
 def _preset(name: str, dataset: str, image_size: int) -> dict:
     "The preset of this name, or the usual one of a data set, its networks fitted to the size of the images."
-    from hybridvae.core import HybridVAEError, PRESETS
+    from hybridvae.core import HybridVAEError
+    from hybridvae.experiments import PRESETS
 
     name = name or (dataset if dataset in PRESETS else next(p for size, p in PRESETS_BY_SIZE.items() if image_size <= size))
     if name not in PRESETS:
@@ -188,10 +189,10 @@ def _preset(name: str, dataset: str, image_size: int) -> dict:
 def _new_model(config: dict, preset: dict, seed: int):
     "The untrained model. Raises `HybridVAEError` where its levels do not divide the image."
     import torch
-    from hybridvae.campaign import stages
+    from hybridvae.campaign import load_stages
     from hybridvae.core import HybridVAEError, build_model, derive_seed
 
-    stages()  # for their models
+    load_stages()  # for their models
     torch.manual_seed(derive_seed("init", seed))
     try:
         return build_model(config)
@@ -336,11 +337,11 @@ def load_generator(weights: str, cpu: bool = False):
     Raises `HybridVAEError` where there is none, or the file holds a feature network.
     """
     import torch
-    from hybridvae.campaign import stages
+    from hybridvae.campaign import load_stages
     from hybridvae.core import HybridVAEError, default_device, load_model
     from hybridvae.features import FEATURE_WEIGHTS, weights_folder
 
-    stages()  # for their models
+    load_stages()  # for their models
     path, shipped = Path(weights), {p.stem: p for p in sorted(weights_folder().glob("*.safetensors"))}
     if not path.is_file():
         if weights not in shipped:

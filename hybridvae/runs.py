@@ -51,7 +51,7 @@ class Entry:
     steps_study: int = 20  # network evaluations of a sample in a study
     batch: int = 250  # images sampled at a time
     parameters: float | None = None  # trained parameters, about
-    priority: int = 0  # place in a campaign's queue: lower runs earlier
+
 
     @property
     def config(self) -> dict:

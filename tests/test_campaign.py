@@ -11,12 +11,13 @@ import hybridvae
 import pytest
 import torch
 from conftest import complains, generator
-from hybridvae import campaign, runs
-from hybridvae.campaign import TINY, dry_run, listing, queue, run_campaign, shrink, stages, stand_in_data, state
+from hybridvae import campaign, experiments, runs
+from hybridvae.campaign import TINY, dry_run, listing, queue, run_campaign, shrink, stand_in_data, state
 from hybridvae.core import (RECORD_KEYS, Draws, build_model, config_hash, count_parameters, record_path,
                             write_record)
 from hybridvae.data import load_data
 from hybridvae.core import count_flops
+from hybridvae.experiments import Row
 from hybridvae.runs import Entry, recorded
 from hybridvae.training import compile_networks, eager
 from hybridvae.unet import UNet
@@ -52,8 +53,7 @@ def committed(monkeypatch, tmp_path):
 
 # --- the queue ------------------------------------------------------------------------------------------------------
 
-def test_the_queue_holds_every_entry_once_in_the_order_of_priority():
-    assert [e.priority for e in ENTRIES] == sorted(e.priority for e in ENTRIES)
+def test_the_queue_holds_every_entry_once():
     assert {e.dataset for e in ENTRIES} == set(campaign.DATASETS) and not any(e.experiment.endswith(campaign.SIZES) for e in ENTRIES)
     keys = [(e.dataset, e.experiment, e.seed) for e in ENTRIES]
     assert len(set(keys)) == len(keys)
@@ -83,26 +83,27 @@ def test_a_data_set_without_entries_is_refused_and_the_known_ones_are_named():
         queue("imagenet")
 
 
-NEW_STAGE = """
-from hybridvae.runs import Entry
-
-def experiments():
-    return [Entry("new", "cifar10", {"model": "VAE"}, {"kimg": 1}, priority=-1)]
-"""
-
-
-def test_a_new_stage_is_found_without_editing_another_file(tmp_path, monkeypatch):
-    (tmp_path / "zz_new_stage.py").write_text(NEW_STAGE)
-    (tmp_path / "_private.py").write_text("raise RuntimeError('imported')")
+def test_a_new_table_is_queued_and_its_module_imported(tmp_path, monkeypatch):
+    (tmp_path / "zz_new_stage.py").write_text("here = True")
     monkeypatch.setattr(hybridvae, "__path__", [*hybridvae.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "hybridvae.zz_new_stage", raising=False)
+    row = Row("new", "vae", on={"cifar10": 1})
+    monkeypatch.setitem(experiments.TABLES, "zz_new_stage", (row,))
     try:
-        found = queue()
-        assert found[0].experiment == "new" and found[1:] == ENTRIES
-        assert sys.modules["hybridvae.zz_new_stage"] in stages() and all(hasattr(stage, "experiments") for stage in stages())
+        assert [e.experiment for e in queue() if e not in ENTRIES] == ["new"]
+        assert sys.modules["hybridvae.zz_new_stage"].here
     finally:
         sys.modules.pop("hybridvae.zz_new_stage", None)
         vars(hybridvae).pop("zz_new_stage", None)
+
+
+def test_a_fresh_process_knows_every_model_and_study_of_the_queue():
+    program = ("from hybridvae.campaign import queue\n"
+               "from hybridvae.core import MODELS\n"
+               "from hybridvae.runs import STUDIES\n"
+               "for e in queue(*dict.fromkeys(e.dataset for e in queue())) + queue('shapes'):\n"
+               "    assert e.model['model'] in MODELS and set(e.studies) <= set(STUDIES), e.experiment")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- states ---------------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def test_a_dry_run_changes_the_sizes_in_its_list_and_nothing_else():
             if path[-1] in TINY and before[path] is not None:
                 assert after[path] == min(before[path], TINY[path[-1]])
         changed |= {path[-1] for path in different}
-        assert (small.experiment, small.dataset, small.seed, small.priority) == (e.experiment, e.dataset, e.seed, e.priority)
+        assert (small.experiment, small.dataset, small.seed) == (e.experiment, e.dataset, e.seed)
     assert changed == set(TINY)  # the list names nothing in vain
 
 

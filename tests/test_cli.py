@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from hybridvae import bench as benches
 from hybridvae import campaign as campaigns
-from hybridvae import cli, core, data, diffusevae, runs
+from hybridvae import cli, core, data, experiments, runs
 from hybridvae.cli import app, main, read_bibliography, render_report, resolve_references
 from hybridvae.core import HybridVAEError, image_draws, load_model, save_model, to_uint8, weights_hash
 from hybridvae.diffusevae import DiffuseVAE
@@ -41,13 +41,15 @@ pytestmark = pytest.mark.usefixtures("float32")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    "All presets at a size that trains in a second, on few images."
-    presets = copy.deepcopy(core.PRESETS)
+    "All presets at a size that trains in a second, on few images, with one seed."
+    presets = copy.deepcopy(experiments.PRESETS)
     for preset in presets.values():
-        preset.update(vae=TINY_VAE, unet=TINY_UNET, n=60, n_curve=None, n_study=20, batch=60, seeds=[0],
+        preset.update(vae=TINY_VAE, unet=TINY_UNET, n=60, n_curve=None, n_study=20, batch=60,
                       train=TINY_TRAIN, train_vae=TINY_TRAIN, train_features=TINY_TRAIN)
-    monkeypatch.setattr(core, "PRESETS", presets)
-    monkeypatch.setattr(diffusevae, "PRESETS", presets)
+    monkeypatch.setattr(experiments, "PRESETS", presets)
+    alone = lambda row: dataclasses.replace(row, on=row.on and dict.fromkeys(row.on, 1))  # seed 0
+    tables = {name: tuple(map(alone, table)) for name, table in experiments.TABLES.items()}
+    monkeypatch.setattr(experiments, "TABLES", tables)
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +264,7 @@ def test_presets_fit_every_image_size():
         for config in ({"model": "VAE", **preset["vae"]}, {"model": "DDPM", "unet": preset["unet"], "diffusion": preset["diffusion"]}):
             with torch.device("meta"):
                 assert cli._new_model(config, preset, 0).image_shape == (3, size, size)
-    assert cli._preset("", "cifar10", 32)["unet"] == core.PRESETS["cifar10"]["unet"] | {"image_size": 32}
+    assert cli._preset("", "cifar10", 32)["unet"] == experiments.PRESETS["cifar10"]["unet"] | {"image_size": 32}
     assert cli._preset("shapes", "flowers", 64)["unet"]["attention"] == [8]  # at the same level
 
 
@@ -334,9 +336,10 @@ class OfANewStage(Model):
 """
 
 
-def test_weights_of_a_new_stage_are_opened_without_editing_another_file(tmp_path, monkeypatch):
+def test_weights_of_a_new_stage_are_opened_once_it_has_a_table(tmp_path, monkeypatch):
     (tmp_path / "zz_new_model.py").write_text(NEW_MODEL)
     monkeypatch.setattr(hybridvae, "__path__", [*hybridvae.__path__, str(tmp_path)])
+    monkeypatch.setitem(experiments.TABLES, "zz_new_model", ())
     path = tmp_path / "new.safetensors"
     save_file({"weight": torch.ones(1)}, path, metadata={"config": '{"model": "OfANewStage"}'})
     try:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import complains, files_below, generator
 from hybridvae import data, runs, training
-from hybridvae.core import (PRESETS, RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, randn, record_path,
+from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, randn, record_path,
                             save_model, weights_hash, write_record)
 from hybridvae.diffusevae import DiffuseVAE
+from hybridvae.experiments import PRESETS
 from hybridvae.features import FaceEncoder, load_features, shipped_features
 from hybridvae.metrics import describe
 from hybridvae.runs import (Entry, beyond_spread, evaluate, evaluation_of, find_entry, mean_and_spread, metric_over_seeds,
@@ -169,7 +170,7 @@ def test_missing_names_what_a_record_lacks(whole):
         *HYBRID.evaluations, {"sampler": "ddim", "steps": 1, "n": 12},
         {"sampler": "dpmpp", "steps": 2, "n": 2000, "prior": "ex-pde"}))
     assert more.missing(record) == ["ddim 1, n = 12", "dpmpp 2, prior ex-pde, n = 2,000", "third"]
-    for same in (dict(priority=7), dict(seed=3), dict(batch=3), dict(parameters=1.0)):  # which decide nothing that was measured
+    for same in (dict(seed=3), dict(batch=3), dict(parameters=1.0)):  # which decide nothing that was measured
         assert dataclasses.replace(HYBRID, **same).missing(record) == []
 
 
