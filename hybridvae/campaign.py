@@ -60,18 +60,17 @@ def queue(*datasets: str) -> list[Entry]:
 
 # %% ../nbs/90_campaign.ipynb #cell-009
 def state(entry: Entry, runs: str | Path = "runs") -> str:
-    "In words: recorded, missing (what), or how far training has come."
-    record = recorded(entry, *record_roots(), runs)
-    missing = entry.missing(record)
-    if not missing:
-        return "recorded"
-    folder = entry.folder(Path(runs))
-    if (folder / "trained.json").exists() and missing == ["training"]:
+    "In words: recorded, lacks (evaluations and studies), trained, training (how far it has come), not trained."
+    record, folder = recorded(entry, *record_roots(), runs), entry.folder(Path(runs))
+    if entry.fits(record):
+        missing = entry.missing(record)
+        return "lacks " + "; ".join(missing) if missing else "recorded"
+    if (folder / "trained.json").exists():
         return "trained" + _measured(entry, folder)
     checkpoint = latest_checkpoint(folder)
-    if checkpoint and missing == ["training"]:
+    if checkpoint:
         return _training(checkpoint, TrainConfig(**entry.train).steps)
-    return "missing" if missing == ["training"] else "missing: " + "; ".join(missing)
+    return "not trained" if record is None else "not trained: its record has another config"
 
 
 def _measured(entry: Entry, folder: Path) -> str:
@@ -125,7 +124,9 @@ def run_campaign(
             record = run_entry(entry, entries, runs, clock.left(), cpu, progress, only == "train")
         except Exception as error:  # whatever it is, such as too little memory: the others go on
             ours = isinstance(error, HybridVAEError)
-            failed.append(f"{entry.dataset} {entry.experiment} seed {entry.seed}: {error if ours else repr(error) + '.'}")
+            doing = "measured" if (entry.folder(Path(runs)) / "trained.json").exists() else "trained"
+            failed.append(f"{entry.dataset} {entry.experiment} seed {entry.seed}, while it was {doing}: "
+                          f"{error if ours else repr(error) + '.'}")
             print(failed[-1] if ours else failed[-1] + "\n" + traceback.format_exc(), flush=True)
             continue
         if record is None and only == "train" and clock.left() != 0:

@@ -845,7 +845,7 @@ def campaign(
     experiment: Annotated[list[str] | None, typer.Option(help="only these, * for any letters, and what they depend on; may be repeated")] = None,
     minutes: Minutes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only try every entry, tiny, on stand-in images")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="only say what is recorded, in training, missing")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="only say what is recorded and what is missing")] = False,
     train: Annotated[bool, typer.Option("--train", help="train only; the same command without it measures")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="measure only what is trained")] = False,
     runs: Runs = Path("runs"),
@@ -884,15 +884,20 @@ def campaign(
 def _count(entries: list, runs: Path) -> str:
     from hybridvae.campaign import state
 
-    done = sum(state(e, runs) == "recorded" for e in entries)
-    return f"{done} of {len(entries)} entries recorded, {len(entries) - done} missing; the same command continues."
+    states = [state(e, runs) for e in entries]
+    done = states.count("recorded")
+    train = sum(text.startswith(("not trained", "training")) for text in states)
+    measure = len(entries) - done - train
+    return (f"{done} of {len(entries)} entries recorded, {train} to be trained, {measure} trained and to be measured; "
+            "the same command continues.")
 
 
 def _print_listing(entries: list, runs: Path) -> None:
     import pandas as pd
     from hybridvae.campaign import listing
 
-    short = lambda text: f"lacks {text.count(';') + 1}" if str(text).startswith("missing: ") else text  # evaluations or studies
+    # how many evaluations or studies
+    short = lambda text: f"lacks {text.count(';') + 1}" if str(text).startswith("lacks ") else text
     print(pd.DataFrame(listing(entries, runs)).fillna("").map(short).to_string(index=False))
     print(_count(entries, runs))
 

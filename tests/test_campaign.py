@@ -40,7 +40,7 @@ def a_record(e, **changes):
     "A record of that entry, complete."
     return {**dict.fromkeys(RECORD_KEYS, 0), "experiment": e.experiment, "dataset": e.dataset, "subset": e.subset, "seed": e.seed,
             "config": e.config, "config_hash": config_hash(e.config), "evaluations": list(e.evaluations),
-            **dict.fromkeys(e.studies, 1), **changes}
+            "studied": dict.fromkeys(e.studies, e.studied), **dict.fromkeys(e.studies, 1), **changes}
 
 
 @pytest.fixture
@@ -114,17 +114,22 @@ def test_every_state_of_an_entry_has_its_words(tmp_path, committed):
     own = tmp_path / "runs"
     folder = e.folder(own)
     words = lambda: state(e, own)
-    assert words() == "missing"
+    assert words() == "not trained"
     (folder / "checkpoint-4").mkdir(parents=True)
     assert words() == "training, 40%"
     (folder / "trained.json").write_text("{}")
     assert words() == "trained"
-    write_record(own, a_record(e, evaluations=[], config_hash="another"))
+    write_record(own, a_record(e, evaluations=[], config={}))
     assert words() == "trained"  # a record of another config says nothing
+    (folder / "trained.json").unlink()
+    (folder / "checkpoint-4").rmdir()
+    assert words() == "not trained: its record has another config"
     record = a_record(e, evaluations=[])
     del record["readout"]
     write_record(own, record)
-    assert words() == "missing: one shot 1, n = 2,000; readout"
+    assert words() == "lacks one shot 1, n = 2,000; readout"
+    write_record(own, a_record(e, studied={"readout": {"n": 1, "steps": 20}}))
+    assert words() == "lacks readout, n = 500, 20 steps"
     write_record(own, a_record(e))
     assert words() == "recorded"
     record_path(own, vars(e)).unlink()
@@ -136,9 +141,9 @@ def test_the_listing_has_one_row_for_each_experiment(tmp_path, committed):
     entries = [entry(), entry(seed=1), entry("other"), entry(subset=50)]
     write_record(committed, a_record(entries[1]))
     rows = listing(entries, tmp_path)
-    assert rows == [{"dataset": "shapes", "experiment": "vae", "seed 0": "missing", "seed 1": "recorded"},
-                    {"dataset": "shapes", "experiment": "other", "seed 0": "missing"},
-                    {"dataset": "shapes", "experiment": "vae", "seed 0": "missing"}]
+    assert rows == [{"dataset": "shapes", "experiment": "vae", "seed 0": "not trained", "seed 1": "recorded"},
+                    {"dataset": "shapes", "experiment": "other", "seed 0": "not trained"},
+                    {"dataset": "shapes", "experiment": "vae", "seed 0": "not trained"}]
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -165,7 +170,7 @@ def test_what_is_recorded_here_or_committed_is_skipped(tmp_path, committed, ran)
     entries = [entry("a"), entry("b"), entry("c"), entry("d")]
     write_record(committed, a_record(entries[1]))
     write_record(tmp_path / "runs", a_record(entries[2]))
-    write_record(committed, a_record(entries[3], config_hash="another"))
+    write_record(committed, a_record(entries[3], config={}))
     found = run_campaign(entries, tmp_path / "runs", progress=False)
     assert [r["experiment"] for r in found] == ["a", "d"] and ran == [("a", 0), ("d", 0)]
     assert run_campaign(entries, tmp_path / "runs", progress=False) == []
@@ -173,13 +178,21 @@ def test_what_is_recorded_here_or_committed_is_skipped(tmp_path, committed, ran)
 
 def test_entries_that_fail_do_not_hold_up_the_others_and_are_reported(tmp_path, committed, ran, capsys):
     entries = [entry("bad"), entry("a"), entry("bad", seed=1), entry("b")]
-    with complains("2 of the campaign's entries failed", "shapes bad seed 0: the loss is not finite"):
+    with complains("2 of the campaign's entries failed", "shapes bad seed 0, while it was trained: the loss is not finite"):
         run_campaign(entries, tmp_path, progress=False)
     assert ran == [("bad", 0), ("a", 0), ("bad", 1), ("b", 0)]
     said = capsys.readouterr().out
-    assert "recorded: shapes a seed 0" in said and "shapes bad seed 1: RuntimeError" in said and "memory" in said
+    assert "recorded: shapes a seed 0" in said and "shapes bad seed 1, while it was trained: RuntimeError" in said and "memory" in said
     with complains("1 of the campaign's entries failed", "shapes bad seed 1", "RuntimeError"):
         run_campaign(entries[2:], tmp_path, progress=False)
+
+
+def test_a_failure_says_whether_training_or_measuring_failed(tmp_path, committed, ran):
+    bad = entry("bad")
+    bad.folder(tmp_path).mkdir(parents=True)
+    (bad.folder(tmp_path) / "trained.json").write_text("{}")
+    with complains("shapes bad seed 0, while it was measured: the loss"):
+        run_campaign([bad], tmp_path, progress=False)
 
 
 def test_the_campaign_stops_where_an_entry_was_stopped_by_the_limit(tmp_path, committed, ran):

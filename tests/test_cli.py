@@ -479,9 +479,9 @@ def test_the_networks_that_measure(weights, monkeypatch):
 def test_campaign_runs_what_is_missing_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "results_folder", lambda: tmp_path / "none")
     words = "campaign --cpu --dataset shapes --experiment vae --runs", tmp_path / "runs"
-    assert "0 of 2 entries recorded, 2 missing" in command(*words, "--list")
+    assert "0 of 2 entries recorded, 2 to be trained, 0 trained and to be measured" in command(*words, "--list")
     assert "0 of 2" in command(*words, "--minutes 0")
-    assert "2 of 2 entries recorded, 0 missing; the same command continues." in command(*words)
+    assert "2 of 2 entries recorded, 0 to be trained, 0 trained and to be measured; the same command continues." in command(*words)
     written = (tmp_path / "runs" / "shapes" / "vae" / "seed0.json").stat().st_mtime_ns
     assert "recorded: " not in command(*words)
     assert (tmp_path / "runs" / "shapes" / "vae" / "seed0.json").stat().st_mtime_ns == written
@@ -597,8 +597,9 @@ def test_report_over_a_fresh_study(tiny, clone, tmp_path):
 def test_report_does_only_what_it_shows_and_takes_complete_records_as_they_are(tmp_path, monkeypatch):
     asked, written = [], {}
     entries = {name: runs.find_entry(campaigns.queue("shapes"), name) for name in cli.STUDY}
-    complete = {"config_hash": core.config_hash(entries["vae"].config), "evaluations": list(entries["vae"].evaluations)}
-    written["vae"] = complete | dict.fromkeys(entries["vae"].studies)
+    vae = entries["vae"]
+    written["vae"] = {"config": vae.config, "evaluations": list(vae.evaluations), **dict.fromkeys(vae.studies),
+                      "studied": dict.fromkeys(vae.studies, vae.studied)}
     monkeypatch.setattr(runs, "recorded", lambda entry, *roots: written.get(entry.experiment))
     monkeypatch.setattr(runs, "run_entry", lambda entry, *rest, **options: asked.append(entry))
     monkeypatch.setattr(cli, "_summary", lambda record, runs: "")
