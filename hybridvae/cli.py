@@ -124,7 +124,7 @@ def data(
 def _entries(dataset: str) -> list:
     "All entries on a data set, of every stage, in every size."
     from hybridvae.campaign import SIZES, queue
-    from hybridvae.core import PRESETS
+    from hybridvae.experiments import PRESETS
 
     return queue(dataset, *(dataset + size for size in SIZES if dataset + size in PRESETS))
 
@@ -174,7 +174,8 @@ PRESETS_BY_SIZE = {48: "cifar10", 96: "celeba64", 1024: "celeba256"}  # images o
 
 def _preset(name: str, dataset: str, image_size: int) -> dict:
     "The preset of this name, or the usual one of a data set, its networks fitted to the size of the images."
-    from hybridvae.core import HybridVAEError, PRESETS
+    from hybridvae.core import HybridVAEError
+    from hybridvae.experiments import PRESETS
 
     name = name or (dataset if dataset in PRESETS else next(p for size, p in PRESETS_BY_SIZE.items() if image_size <= size))
     if name not in PRESETS:
@@ -188,10 +189,10 @@ def _preset(name: str, dataset: str, image_size: int) -> dict:
 def _new_model(config: dict, preset: dict, seed: int):
     "The untrained model. Raises `HybridVAEError` where its levels do not divide the image."
     import torch
-    from hybridvae.campaign import stages
+    from hybridvae.campaign import load_stages
     from hybridvae.core import HybridVAEError, build_model, derive_seed
 
-    stages()  # for their models
+    load_stages()  # for their models
     torch.manual_seed(derive_seed("init", seed))
     try:
         return build_model(config)
@@ -336,11 +337,11 @@ def load_generator(weights: str, cpu: bool = False):
     Raises `HybridVAEError` where there is none, or the file holds a feature network.
     """
     import torch
-    from hybridvae.campaign import stages
+    from hybridvae.campaign import load_stages
     from hybridvae.core import HybridVAEError, default_device, load_model
     from hybridvae.features import FEATURE_WEIGHTS, weights_folder
 
-    stages()  # for their models
+    load_stages()  # for their models
     path, shipped = Path(weights), {p.stem: p for p in sorted(weights_folder().glob("*.safetensors"))}
     if not path.is_file():
         if weights not in shipped:
@@ -844,7 +845,7 @@ def campaign(
     experiment: Annotated[list[str] | None, typer.Option(help="only these, * for any letters, and what they depend on; may be repeated")] = None,
     minutes: Minutes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only try every entry, tiny, on stand-in images")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="only say what is recorded, in training, missing")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="only say what is recorded and what is missing")] = False,
     train: Annotated[bool, typer.Option("--train", help="train only; the same command without it measures")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="measure only what is trained")] = False,
     runs: Runs = Path("runs"),
@@ -883,15 +884,20 @@ def campaign(
 def _count(entries: list, runs: Path) -> str:
     from hybridvae.campaign import state
 
-    done = sum(state(e, runs) == "recorded" for e in entries)
-    return f"{done} of {len(entries)} entries recorded, {len(entries) - done} missing; the same command continues."
+    states = [state(e, runs) for e in entries]
+    done = states.count("recorded")
+    train = sum(text.startswith(("not trained", "training")) for text in states)
+    measure = len(entries) - done - train
+    return (f"{done} of {len(entries)} entries recorded, {train} to be trained, {measure} trained and to be measured; "
+            "the same command continues.")
 
 
 def _print_listing(entries: list, runs: Path) -> None:
     import pandas as pd
     from hybridvae.campaign import listing
 
-    short = lambda text: f"lacks {text.count(';') + 1}" if str(text).startswith("missing: ") else text  # evaluations or studies
+    # how many evaluations or studies
+    short = lambda text: f"lacks {text.count(';') + 1}" if str(text).startswith("lacks ") else text
     print(pd.DataFrame(listing(entries, runs)).fillna("").map(short).to_string(index=False))
     print(_count(entries, runs))
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import complains, generator, randomised
-from hybridvae.adaptive import UNCERTAINTIES, WAY_STEPS, WAYS, Adaptation, AdaptiveDiffuseVAE, ConditionFlow, UncertaintyHead, experiments, uncertainty
+from hybridvae.adaptive import UNCERTAINTIES, WAYS, Adaptation, AdaptiveDiffuseVAE, ConditionFlow, UncertaintyHead, uncertainty
 from hybridvae.core import Draws, build_model, image_draws, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
+from hybridvae.experiments import entries_of
 from hybridvae.features import FaceEncoder, FeatureNetwork
 from hybridvae.metrics import describe
 from hybridvae.priors import fit_mixture
@@ -444,7 +445,7 @@ def test_the_ranking_of_uncertainties_finds_the_one_that_is_right(eye, monkeypat
 def test_entries_have_names_and_configs_of_their_own_and_what_they_need_exists():
     from hybridvae.campaign import queue
     for dataset in ("shapes", "cifar10", "celeba64"):
-        entries, known = experiments(dataset), {(e.experiment, e.seed) for e in queue(dataset)}
+        entries, known = entries_of(dataset, "adaptive"), {(e.experiment, e.seed) for e in queue(dataset)}
         assert len({(e.experiment, e.seed) for e in entries}) == len(entries)
         configs = [json.dumps(e.config, sort_keys=True) + str(e.seed) for e in entries]
         assert len(set(configs)) == len(configs)
@@ -455,6 +456,6 @@ def test_entries_have_names_and_configs_of_their_own_and_what_they_need_exists()
 
 
 def test_studies_refine_on_the_grid_on_which_the_ways_are_evaluated():
-    for e in (e for e in experiments() if e.studies):
+    for e in (e for e in entries_of(stage="adaptive") if e.studies):
         grids = {asked["steps"] for asked in e.evaluations if any(asked.items() >= way.items() for way in WAYS.values() if way)}
-        assert grids == {WAY_STEPS} == {e.steps_study}, e.experiment
+        assert grids == {10} == {e.steps_study}, e.experiment

@@ -11,12 +11,13 @@ import hybridvae
 import pytest
 import torch
 from conftest import complains, generator
-from hybridvae import campaign, runs
-from hybridvae.campaign import TINY, dry_run, listing, queue, run_campaign, shrink, stages, stand_in_data, state
+from hybridvae import campaign, experiments, runs
+from hybridvae.campaign import TINY, dry_run, listing, queue, run_campaign, shrink, stand_in_data, state
 from hybridvae.core import (RECORD_KEYS, Draws, build_model, config_hash, count_parameters, record_path,
                             write_record)
 from hybridvae.data import load_data
 from hybridvae.core import count_flops
+from hybridvae.experiments import Row
 from hybridvae.runs import Entry, recorded
 from hybridvae.training import compile_networks, eager
 from hybridvae.unet import UNet
@@ -39,7 +40,7 @@ def a_record(e, **changes):
     "A record of that entry, complete."
     return {**dict.fromkeys(RECORD_KEYS, 0), "experiment": e.experiment, "dataset": e.dataset, "subset": e.subset, "seed": e.seed,
             "config": e.config, "config_hash": config_hash(e.config), "evaluations": list(e.evaluations),
-            **dict.fromkeys(e.studies, 1), **changes}
+            "studied": dict.fromkeys(e.studies, e.studied), **dict.fromkeys(e.studies, 1), **changes}
 
 
 @pytest.fixture
@@ -52,8 +53,7 @@ def committed(monkeypatch, tmp_path):
 
 # --- the queue ------------------------------------------------------------------------------------------------------
 
-def test_the_queue_holds_every_entry_once_in_the_order_of_priority():
-    assert [e.priority for e in ENTRIES] == sorted(e.priority for e in ENTRIES)
+def test_the_queue_holds_every_entry_once():
     assert {e.dataset for e in ENTRIES} == set(campaign.DATASETS) and not any(e.experiment.endswith(campaign.SIZES) for e in ENTRIES)
     keys = [(e.dataset, e.experiment, e.seed) for e in ENTRIES]
     assert len(set(keys)) == len(keys)
@@ -83,26 +83,27 @@ def test_a_data_set_without_entries_is_refused_and_the_known_ones_are_named():
         queue("imagenet")
 
 
-NEW_STAGE = """
-from hybridvae.runs import Entry
-
-def experiments():
-    return [Entry("new", "cifar10", {"model": "VAE"}, {"kimg": 1}, priority=-1)]
-"""
-
-
-def test_a_new_stage_is_found_without_editing_another_file(tmp_path, monkeypatch):
-    (tmp_path / "zz_new_stage.py").write_text(NEW_STAGE)
-    (tmp_path / "_private.py").write_text("raise RuntimeError('imported')")
+def test_a_new_table_is_queued_and_its_module_imported(tmp_path, monkeypatch):
+    (tmp_path / "zz_new_stage.py").write_text("here = True")
     monkeypatch.setattr(hybridvae, "__path__", [*hybridvae.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "hybridvae.zz_new_stage", raising=False)
+    row = Row("new", "vae", on={"cifar10": 1})
+    monkeypatch.setitem(experiments.TABLES, "zz_new_stage", (row,))
     try:
-        found = queue()
-        assert found[0].experiment == "new" and found[1:] == ENTRIES
-        assert sys.modules["hybridvae.zz_new_stage"] in stages() and all(hasattr(stage, "experiments") for stage in stages())
+        assert [e.experiment for e in queue() if e not in ENTRIES] == ["new"]
+        assert sys.modules["hybridvae.zz_new_stage"].here
     finally:
         sys.modules.pop("hybridvae.zz_new_stage", None)
         vars(hybridvae).pop("zz_new_stage", None)
+
+
+def test_a_fresh_process_knows_every_model_and_study_of_the_queue():
+    program = ("from hybridvae.campaign import queue\n"
+               "from hybridvae.core import MODELS\n"
+               "from hybridvae.runs import STUDIES\n"
+               "for e in queue(*dict.fromkeys(e.dataset for e in queue())) + queue('shapes'):\n"
+               "    assert e.model['model'] in MODELS and set(e.studies) <= set(STUDIES), e.experiment")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- states ---------------------------------------------------------------------------------------------------------
@@ -113,17 +114,22 @@ def test_every_state_of_an_entry_has_its_words(tmp_path, committed):
     own = tmp_path / "runs"
     folder = e.folder(own)
     words = lambda: state(e, own)
-    assert words() == "missing"
+    assert words() == "not trained"
     (folder / "checkpoint-4").mkdir(parents=True)
     assert words() == "training, 40%"
     (folder / "trained.json").write_text("{}")
     assert words() == "trained"
-    write_record(own, a_record(e, evaluations=[], config_hash="another"))
+    write_record(own, a_record(e, evaluations=[], config={}))
     assert words() == "trained"  # a record of another config says nothing
+    (folder / "trained.json").unlink()
+    (folder / "checkpoint-4").rmdir()
+    assert words() == "not trained: its record has another config"
     record = a_record(e, evaluations=[])
     del record["readout"]
     write_record(own, record)
-    assert words() == "missing: one shot 1, n = 2,000; readout"
+    assert words() == "lacks one shot 1, n = 2,000; readout"
+    write_record(own, a_record(e, studied={"readout": {"n": 1, "steps": 20}}))
+    assert words() == "lacks readout, n = 500, 20 steps"
     write_record(own, a_record(e))
     assert words() == "recorded"
     record_path(own, vars(e)).unlink()
@@ -135,9 +141,9 @@ def test_the_listing_has_one_row_for_each_experiment(tmp_path, committed):
     entries = [entry(), entry(seed=1), entry("other"), entry(subset=50)]
     write_record(committed, a_record(entries[1]))
     rows = listing(entries, tmp_path)
-    assert rows == [{"dataset": "shapes", "experiment": "vae", "seed 0": "missing", "seed 1": "recorded"},
-                    {"dataset": "shapes", "experiment": "other", "seed 0": "missing"},
-                    {"dataset": "shapes", "experiment": "vae", "seed 0": "missing"}]
+    assert rows == [{"dataset": "shapes", "experiment": "vae", "seed 0": "not trained", "seed 1": "recorded"},
+                    {"dataset": "shapes", "experiment": "other", "seed 0": "not trained"},
+                    {"dataset": "shapes", "experiment": "vae", "seed 0": "not trained"}]
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -164,7 +170,7 @@ def test_what_is_recorded_here_or_committed_is_skipped(tmp_path, committed, ran)
     entries = [entry("a"), entry("b"), entry("c"), entry("d")]
     write_record(committed, a_record(entries[1]))
     write_record(tmp_path / "runs", a_record(entries[2]))
-    write_record(committed, a_record(entries[3], config_hash="another"))
+    write_record(committed, a_record(entries[3], config={}))
     found = run_campaign(entries, tmp_path / "runs", progress=False)
     assert [r["experiment"] for r in found] == ["a", "d"] and ran == [("a", 0), ("d", 0)]
     assert run_campaign(entries, tmp_path / "runs", progress=False) == []
@@ -172,13 +178,21 @@ def test_what_is_recorded_here_or_committed_is_skipped(tmp_path, committed, ran)
 
 def test_entries_that_fail_do_not_hold_up_the_others_and_are_reported(tmp_path, committed, ran, capsys):
     entries = [entry("bad"), entry("a"), entry("bad", seed=1), entry("b")]
-    with complains("2 of the campaign's entries failed", "shapes bad seed 0: the loss is not finite"):
+    with complains("2 of the campaign's entries failed", "shapes bad seed 0, while it was trained: the loss is not finite"):
         run_campaign(entries, tmp_path, progress=False)
     assert ran == [("bad", 0), ("a", 0), ("bad", 1), ("b", 0)]
     said = capsys.readouterr().out
-    assert "recorded: shapes a seed 0" in said and "shapes bad seed 1: RuntimeError" in said and "memory" in said
+    assert "recorded: shapes a seed 0" in said and "shapes bad seed 1, while it was trained: RuntimeError" in said and "memory" in said
     with complains("1 of the campaign's entries failed", "shapes bad seed 1", "RuntimeError"):
         run_campaign(entries[2:], tmp_path, progress=False)
+
+
+def test_a_failure_says_whether_training_or_measuring_failed(tmp_path, committed, ran):
+    bad = entry("bad")
+    bad.folder(tmp_path).mkdir(parents=True)
+    (bad.folder(tmp_path) / "trained.json").write_text("{}")
+    with complains("shapes bad seed 0, while it was measured: the loss"):
+        run_campaign([bad], tmp_path, progress=False)
 
 
 def test_the_campaign_stops_where_an_entry_was_stopped_by_the_limit(tmp_path, committed, ran):
@@ -224,7 +238,7 @@ def test_a_dry_run_changes_the_sizes_in_its_list_and_nothing_else():
             if path[-1] in TINY and before[path] is not None:
                 assert after[path] == min(before[path], TINY[path[-1]])
         changed |= {path[-1] for path in different}
-        assert (small.experiment, small.dataset, small.seed, small.priority) == (e.experiment, e.dataset, e.seed, e.priority)
+        assert (small.experiment, small.dataset, small.seed) == (e.experiment, e.dataset, e.seed)
     assert changed == set(TINY)  # the list names nothing in vain
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from hybridvae import bench as benches
 from hybridvae import campaign as campaigns
-from hybridvae import cli, core, data, diffusevae, runs
+from hybridvae import cli, core, data, experiments, runs
 from hybridvae.cli import app, main, read_bibliography, render_report, resolve_references
 from hybridvae.core import HybridVAEError, image_draws, load_model, save_model, to_uint8, weights_hash
 from hybridvae.diffusevae import DiffuseVAE
@@ -41,13 +41,15 @@ pytestmark = pytest.mark.usefixtures("float32")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    "All presets at a size that trains in a second, on few images."
-    presets = copy.deepcopy(core.PRESETS)
+    "All presets at a size that trains in a second, on few images, with one seed."
+    presets = copy.deepcopy(experiments.PRESETS)
     for preset in presets.values():
-        preset.update(vae=TINY_VAE, unet=TINY_UNET, n=60, n_curve=None, n_study=20, batch=60, seeds=[0],
+        preset.update(vae=TINY_VAE, unet=TINY_UNET, n=60, n_curve=None, n_study=20, batch=60,
                       train=TINY_TRAIN, train_vae=TINY_TRAIN, train_features=TINY_TRAIN)
-    monkeypatch.setattr(core, "PRESETS", presets)
-    monkeypatch.setattr(diffusevae, "PRESETS", presets)
+    monkeypatch.setattr(experiments, "PRESETS", presets)
+    alone = lambda row: dataclasses.replace(row, on=row.on and dict.fromkeys(row.on, 1))  # seed 0
+    tables = {name: tuple(map(alone, table)) for name, table in experiments.TABLES.items()}
+    monkeypatch.setattr(experiments, "TABLES", tables)
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +264,7 @@ def test_presets_fit_every_image_size():
         for config in ({"model": "VAE", **preset["vae"]}, {"model": "DDPM", "unet": preset["unet"], "diffusion": preset["diffusion"]}):
             with torch.device("meta"):
                 assert cli._new_model(config, preset, 0).image_shape == (3, size, size)
-    assert cli._preset("", "cifar10", 32)["unet"] == core.PRESETS["cifar10"]["unet"] | {"image_size": 32}
+    assert cli._preset("", "cifar10", 32)["unet"] == experiments.PRESETS["cifar10"]["unet"] | {"image_size": 32}
     assert cli._preset("shapes", "flowers", 64)["unet"]["attention"] == [8]  # at the same level
 
 
@@ -334,9 +336,10 @@ class OfANewStage(Model):
 """
 
 
-def test_weights_of_a_new_stage_are_opened_without_editing_another_file(tmp_path, monkeypatch):
+def test_weights_of_a_new_stage_are_opened_once_it_has_a_table(tmp_path, monkeypatch):
     (tmp_path / "zz_new_model.py").write_text(NEW_MODEL)
     monkeypatch.setattr(hybridvae, "__path__", [*hybridvae.__path__, str(tmp_path)])
+    monkeypatch.setitem(experiments.TABLES, "zz_new_model", ())
     path = tmp_path / "new.safetensors"
     save_file({"weight": torch.ones(1)}, path, metadata={"config": '{"model": "OfANewStage"}'})
     try:
@@ -476,9 +479,9 @@ def test_the_networks_that_measure(weights, monkeypatch):
 def test_campaign_runs_what_is_missing_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "results_folder", lambda: tmp_path / "none")
     words = "campaign --cpu --dataset shapes --experiment vae --runs", tmp_path / "runs"
-    assert "0 of 2 entries recorded, 2 missing" in command(*words, "--list")
+    assert "0 of 2 entries recorded, 2 to be trained, 0 trained and to be measured" in command(*words, "--list")
     assert "0 of 2" in command(*words, "--minutes 0")
-    assert "2 of 2 entries recorded, 0 missing; the same command continues." in command(*words)
+    assert "2 of 2 entries recorded, 0 to be trained, 0 trained and to be measured; the same command continues." in command(*words)
     written = (tmp_path / "runs" / "shapes" / "vae" / "seed0.json").stat().st_mtime_ns
     assert "recorded: " not in command(*words)
     assert (tmp_path / "runs" / "shapes" / "vae" / "seed0.json").stat().st_mtime_ns == written
@@ -594,8 +597,9 @@ def test_report_over_a_fresh_study(tiny, clone, tmp_path):
 def test_report_does_only_what_it_shows_and_takes_complete_records_as_they_are(tmp_path, monkeypatch):
     asked, written = [], {}
     entries = {name: runs.find_entry(campaigns.queue("shapes"), name) for name in cli.STUDY}
-    complete = {"config_hash": core.config_hash(entries["vae"].config), "evaluations": list(entries["vae"].evaluations)}
-    written["vae"] = complete | dict.fromkeys(entries["vae"].studies)
+    vae = entries["vae"]
+    written["vae"] = {"config": vae.config, "evaluations": list(vae.evaluations), **dict.fromkeys(vae.studies),
+                      "studied": dict.fromkeys(vae.studies, vae.studied)}
     monkeypatch.setattr(runs, "recorded", lambda entry, *roots: written.get(entry.experiment))
     monkeypatch.setattr(runs, "run_entry", lambda entry, *rest, **options: asked.append(entry))
     monkeypatch.setattr(cli, "_summary", lambda record, runs: "")

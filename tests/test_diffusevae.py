@@ -11,7 +11,8 @@ from conftest import complains, generator, randomised
 from hybridvae import campaign
 from hybridvae.core import Draws, config_hash, load_model, save_model, to_uint8
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
-from hybridvae.diffusevae import DiffuseVAE, attribute_direction, convert_form, experiments
+from hybridvae.diffusevae import DiffuseVAE, attribute_direction, convert_form
+from hybridvae.experiments import entries_of
 from hybridvae.features import FeatureNetwork
 from hybridvae.metrics import describe, slerp
 from hybridvae.priors import GaussianMixture
@@ -603,16 +604,16 @@ def test_the_readout_sees_factors_that_are_in_the_code_and_no_others(eye):
 # --- entries --------------------------------------------------------------------------------------------------------
 
 def test_entries_of_different_names_have_different_configs_in_every_data_set():
-    assert {e.dataset for e in experiments()} == {"shapes", "cifar10", "celeba64", "celeba256"}
+    assert {e.dataset for e in entries_of(stage="diffusevae")} == {"shapes", "cifar10", "celeba64", "celeba256"}
     for dataset in ("shapes", "cifar10", "celeba64", "celeba256"):
-        entries = [e for e in experiments(dataset) if e.seed == 0]
+        entries = [e for e in entries_of(dataset, "diffusevae") if e.seed == 0]
         assert len({config_hash(e.config) for e in entries}) == len({e.experiment for e in entries}) == len(entries)
     with complains("'imagenet'", "choose from shapes, cifar10"):
-        experiments("imagenet")
+        entries_of("imagenet", "diffusevae")
 
 
 def test_every_entry_names_studies_feature_networks_and_dependencies_that_exist():
-    entries = experiments()
+    entries = entries_of(stage="diffusevae")
     known = {(e.dataset, e.experiment, e.seed) for e in entries}
     assert len(known) == len(entries)
     for e in entries:
@@ -626,7 +627,7 @@ def test_the_protocol_of_the_design_is_asked_for():
     "20 steps of DPM-Solver++ with all images in every record; samplers and steps with fewer at seed 0; ancestral once."
     full = {"shapes": 2_000, "cifar10": 10_000, "celeba64": 5_000, "celeba256": 2_000}
     for dataset, n in full.items():
-        entries = [e for e in experiments(dataset) if e.evaluations and not e.experiment.endswith(campaign.SIZES) and not e.experiment.startswith("trial-")]
+        entries = [e for e in entries_of(dataset, "diffusevae") if e.evaluations and not e.experiment.endswith(campaign.SIZES) and not e.experiment.startswith("trial-")]
         small = dataset in ("cifar10", "celeba64")
         for e in entries:
             one_shot = e.model["model"] == "VAE"
@@ -644,7 +645,7 @@ def test_the_protocol_of_the_design_is_asked_for():
 
 def test_the_full_size_is_the_papers_recipe_and_a_pair_with_its_control():
     for dataset in ("cifar10", "celeba64"):
-        full = {e.experiment: e for e in experiments(dataset) if e.experiment.endswith("-full")}
+        full = {e.experiment: e for e in entries_of(dataset, "diffusevae") if e.experiment.endswith("-full")}
         assert full.keys() == {"vae-full", "ddpm-full", "diffusevae-form1-z-full"}
         ddpm, hybrid = full["ddpm-full"], full["diffusevae-form1-z-full"]
         assert ddpm.train == hybrid.train and ddpm.model["unet"] == hybrid.model["unet"] and hybrid.depends_on == {"vae": "vae-full"}
@@ -656,6 +657,6 @@ def test_the_full_size_is_the_papers_recipe_and_a_pair_with_its_control():
 
 
 def test_studies_take_the_steps_of_the_main_evaluation():
-    for e in experiments():
+    for e in entries_of(stage="diffusevae"):
         if e.studies and e.evaluations[0]["sampler"]:
             assert e.steps_study == e.evaluations[0]["steps"], e.experiment

@@ -8,7 +8,8 @@ from hybridvae.core import Draws, build_model, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
-from hybridvae.joint import BALANCES, BEST, CONTROLS, Balance, JointDiffuseVAE, code_use, experiments, laplacian_loss
+from hybridvae.experiments import entries_of
+from hybridvae.joint import BALANCES, Balance, JointDiffuseVAE, code_use, laplacian_loss
 from hybridvae.training import TrainConfig, latest_checkpoint, train
 from hybridvae.vae import reparameterize
 from safetensors.torch import load_file
@@ -294,8 +295,8 @@ def test_unknown_choices_are_refused():
 
 @pytest.mark.parametrize("dataset", ["shapes", "cifar10", "celeba64"])
 def test_entries_that_are_compared_start_alike_and_see_equally_many_images(dataset):
-    entries = {(e.experiment, e.seed): e for e in experiments(dataset)}
-    assert len(entries) == len(experiments(dataset))  # no name twice
+    entries = {(e.experiment, e.seed): e for e in entries_of(dataset, "joint")}
+    assert len(entries) == len(entries_of(dataset, "joint"))  # no name twice
     assert len({str(e.config) for e in entries.values() if e.seed == 0}) == sum(seed == 0 for _, seed in entries)  # nor one config under two names
     start = entries["joint-none", 0].config | {"model": None}
     others = ("b16-none", "uncertainty", "frozen", "10-decoder") if dataset == "shapes" else ()
@@ -310,13 +311,13 @@ def test_entries_that_are_compared_start_alike_and_see_equally_many_images(datas
             assert (entry.model["form"], entry.model["z_guidance"]) == (int(form[4]), form.endswith("z"))
     with_seeds = {name for name, seed in entries if seed == 2}  # and what they start from
     assert with_seeds == {name for name, seed in entries if seed == 1}
-    assert with_seeds - {"joint-b8-vae", "joint-b16-10-half"} == {f"joint-{name}" for name in (*CONTROLS, *BEST)}
+    assert with_seeds - {"joint-b8-vae", "joint-b16-10-half"} == {f"joint-{name}" for name in ("frozen-time", "b8-two-stage", "none", "b16-10", "b16-10-settled")}
     for e in entries.values():
         assert all(name in ("vae", "diffusevae-form1") or (name, e.seed) in entries or "form" in e.experiment for name in e.depends_on.values())
 
 
 def test_only_the_controls_let_no_gradient_pass():
-    for entry in experiments("shapes"):
+    for entry in entries_of("shapes", "joint"):
         blocked = entry.model["model"] == "DiffuseVAE" or entry.model.get("gradient_to") == "none"
         control = ("none", "frozen", "frozen-time", "vae", "two-stage", "settled", "scratch-b300")
         assert (blocked or entry.model["model"] == "VAE") == entry.experiment.endswith(control)

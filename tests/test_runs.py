@@ -1,6 +1,8 @@
 """Entries and records: what a run measures, how it stops and continues, which network measures, and what tables are made."""
 import contextlib
 import dataclasses
+import importlib
+import inspect
 import json
 import shutil
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 from conftest import complains, files_below, generator
 from hybridvae import data, runs, training
-from hybridvae.core import (PRESETS, RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, randn, record_path,
+from hybridvae.campaign import load_stages
+from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, randn, record_path,
                             save_model, weights_hash, write_record)
 from hybridvae.diffusevae import DiffuseVAE
+from hybridvae.experiments import PRESETS
 from hybridvae.features import FaceEncoder, load_features, shipped_features
 from hybridvae.metrics import describe
 from hybridvae.runs import (Entry, beyond_spread, evaluate, evaluation_of, find_entry, mean_and_spread, metric_over_seeds,
@@ -169,8 +173,58 @@ def test_missing_names_what_a_record_lacks(whole):
         *HYBRID.evaluations, {"sampler": "ddim", "steps": 1, "n": 12},
         {"sampler": "dpmpp", "steps": 2, "n": 2000, "prior": "ex-pde"}))
     assert more.missing(record) == ["ddim 1, n = 12", "dpmpp 2, prior ex-pde, n = 2,000", "third"]
-    for same in (dict(priority=7), dict(seed=3), dict(batch=3), dict(parameters=1.0)):  # which decide nothing that was measured
+    for same in (dict(seed=3), dict(batch=3), dict(parameters=1.0)):  # which decide nothing that was measured
         assert dataclasses.replace(HYBRID, **same).missing(record) == []
+
+
+def test_a_study_with_another_number_of_images_or_steps_is_missing_and_done_again(whole, tmp_path):
+    folder, record = whole
+    assert record["studied"] == {"first": {"n": 8, "steps": 20}, "second": {"n": 8, "steps": 20}}
+    assert dataclasses.replace(HYBRID, n_study=9).missing(record) == ["first, n = 9, 20 steps", "second, n = 9, 20 steps"]
+    fewer = dataclasses.replace(HYBRID, steps_study=3, studies=("first",))
+    assert fewer.missing(record) == ["first, n = 8, 3 steps"]
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    CALLS.clear()
+    again = run(dataclasses.replace(HYBRID, n_study=9), tmp_path)
+    assert CALLS == ["first", "second"] and again["first"]["n"] == 9 and again["studied"]["first"] == {"n": 9, "steps": 20}
+    assert again["evaluations"] == record["evaluations"]
+
+
+def test_what_older_records_were_studied_with_agrees_with_their_answers():
+    "They say n only in the answers, which some studies make with several times as many images."
+    times, seen = {"adaptive": 4, "noise": 4, "truncation": 4, "priors": 2}, set()
+    load_stages()
+    for record in runs.load_records(runs.results_folder()):
+        for name in runs.STUDIES:
+            if name in record and "n" in record[name] and name != "uncertainty":
+                assert record[name]["n"] == times.get(name, 1) * runs.studied_with(record, name)["n"], (record["experiment"], name)
+                seen.add(name)
+    assert {"ceiling", "code_fit", "path_length", "prior_gap", "robustness", *times} <= seen
+
+
+def test_40_and_40_0_are_one_number(whole):
+    other = dataclasses.replace(HYBRID, model={**HYBRID.model, "form": 2.0}, train={**TRAIN, "batch_size": 16.0})
+    assert other.missing(whole[1]) == []
+    assert dataclasses.replace(HYBRID, train={**TRAIN, "batch_size": 16.5}).missing(whole[1]) == ["training"]
+
+
+def test_an_evaluation_with_an_option_that_no_model_knows_is_refused():
+    for evaluation, words in (({"sampler": None, "steps": 1, "n": 5, "temperature": 0.5}, "unknown option 'temperature'"),
+                              ({"sampler": None, "n": 5}, "does not say 'steps'")):
+        with complains("an evaluation of vae", words):
+            dataclasses.replace(COARSE, evaluations=(evaluation,))
+
+
+def test_every_option_of_an_evaluation_is_an_argument_of_some_model():
+    known = {name for module in ("diffusion", "diffusevae", "adaptive", "latent")
+             for part in vars(importlib.import_module(f"hybridvae.{module}")).values() if inspect.isclass(part)
+             for method in vars(part).values() if inspect.isfunction(method) for name in inspect.signature(method).parameters}
+    assert set(runs.OPTIONS) <= known
+
+
+def test_entries_have_a_hash():
+    assert len({HYBRID, dataclasses.replace(HYBRID), COARSE}) == 2
+    assert hash(HYBRID) == hash(dataclasses.replace(HYBRID, batch=3)) and HYBRID != dataclasses.replace(HYBRID, batch=3)
 
 
 def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
@@ -555,7 +609,7 @@ def test_a_study_is_told_its_images_batch_and_steps_by_the_entry(tmp_path, monke
 
 def test_the_steps_of_a_study_decide_nothing_about_the_trained_model(whole):
     other = dataclasses.replace(HYBRID, steps_study=3)
-    assert other.config == HYBRID.config and other.missing(whole[1]) == []
+    assert other.config == HYBRID.config and other.fits(whole[1])
 
 
 # --- what tables make of records ------------------------------------------------------------------------------------
