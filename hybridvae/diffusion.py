@@ -123,8 +123,8 @@ class GaussianDiffusion:
         """Timesteps in 1...T-1 and their weights, (B, k) each, from uniform numbers u (B, k).
 
         The weighted sum of any function of t over the k is, on average, its sum over all T - 1. One t is drawn from
-        each k-th of a distribution in proportion to 1 - (1-ᾱ_{t-1})/(1-ᾱ_t): so much does the ideal network's error at t
-        cost where pixels are N(0, 1), and the sum then hardly depends on which t are drawn.
+        each k-th of a distribution in proportion to 1 - (1-ᾱ_{t-1})/(1-ᾱ_t): so much does the ideal network's error
+        at t cost where pixels are N(0, 1), and the sum then hardly depends on which t are drawn.
         """
         share = 1 - self._variance_ratio()
         share = share / share.sum()
@@ -152,7 +152,7 @@ class GaussianDiffusion:
         `noise`: KL(q(x_T|x₀) || N(0, I)). `diffusion`: the sum of KL(q(x_{t-1}|x_t, x₀) || p(x_{t-1}|x_t)), estimated
         without bias from k timesteps. `decoder`: -log P(x₀|x_1), N(x̂₀, β_1) over the bins of the pixels (equation 13).
         The small variance is right where x_t tells x₀, the large one where pixels are as good as noise (section 3.2):
-        most bits are spent on such detail, and with 1,000 timesteps σ at x_1 is wider than half a bin. Nothing is clipped.
+        most bits are spent on such detail, and with 1,000 timesteps √β_1 is wider than half a bin. Nothing is clipped.
         """
         _choice("variance", variance, ("small", "large"))
         normal = lambda: draws.randn(*x0.shape).to(x0)

@@ -149,7 +149,7 @@ class VAE(Model):
         return {"reconstruction": nll, "mse": mse, "kl": self.kl(mu, logvar, eps) / x[0].numel()}
 
     def kl(self, mu: torch.Tensor, logvar: torch.Tensor, eps: torch.Tensor, prior: Prior | None = None) -> torch.Tensor:
-        "KL(q(z|x) || p(z)), (B,) nats per image: exact for N(0, I), else at the code μ + σ ε; p is the VAE's own unless given."
+        "KL(q(z|x) || p(z)), (B,) nats per image: exact for N(0, I), else at μ + σ ε; p is the VAE's own unless given."
         prior = prior or self.prior
         exact = isinstance(prior, StandardNormal)
         return kl_divergence(mu, logvar) if exact else kl_monte_carlo(mu, logvar, prior, eps)
