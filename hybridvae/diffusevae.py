@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROBUSTNESS_LEVELS', 'PATH_PAIRS', 'DiffuseVAE', 'attribute_direction', 'convert_form', 'feature_agreement',
-           'condition_agreement', 'prior_gap', 'robustness', 'code_path_length', 'readout']
+           'condition_agreement', 'prior_gap', 'robustness', 'code_path_length', 'readout', 'likelihood']
 
 # %% ../nbs/01_diffusevae.ipynb #cell-002
 import copy
@@ -311,3 +311,43 @@ def readout(model, m: Material) -> dict:
     vae = getattr(model, "vae", model)
     part = lambda data: (torch.cat([vae.encode(x.to(vae.device))[0] for x in data.float().split(500)]).cpu(), data.labels)
     return linear_readout(*part(m.train.first(min(4_000, len(m.train)))), *part(m.test.first(min(2_000, len(m.test)))))
+
+# %% ../nbs/01_diffusevae.ipynb #04fef96e
+def _likelihood_bound(self, x: torch.Tensor, draws: Draws, priors: tuple = (None,),
+                      timesteps: int = 20) -> dict[str, torch.Tensor]:
+    """Parts whose sum bounds -log P(x) from above, nats per image; arguments and `kl` as in `VAE.likelihood_bound`.
+
+    -log P(x) <= KL(q(z|x) || p(z)) + E_q[bound of the refiner given x̂(z) and z], the latter as in `GaussianDiffusion`.
+    """
+    refined = lambda x_hat, z: self.diffusion.likelihood_bound(
+        self.denoiser(x_hat, z), x, draws, timesteps, self.shift(x_hat))
+    return self.vae.likelihood_bound(x, draws, priors, likelihood=refined)
+
+
+DiffuseVAE.likelihood_bound = _likelihood_bound
+
+
+@study("likelihood")
+def likelihood(model, m: Material) -> dict:
+    """Bits per dimension of the first n held-out images: an upper bound, its standard error over images, its parts.
+
+    With the model's `own` p(z), and, where it has codes, a mixture and a RealNVP fitted to those of training images.
+    `timesteps` of the diffusion stand for all of them. Raises `HybridVAEError` for a model that has no such bound.
+    """
+    if getattr(model, "likelihood_bound", None) is None:
+        raise HybridVAEError(f"a {type(model).__name__} has no bound on its likelihood: leave this study out.")
+    vae, n, priors = getattr(model, "vae", model), min(m.n, len(m.test)), {"own": None}
+    if isinstance(vae, VAE):
+        priors |= {name: vae.fitted_prior(name, m.train, m.seed) for name in ("ex-pde", "realnvp")}
+    images = m.test.first(n).float().split(m.batch)
+    with torch.autocast(model.device.type, enabled=False):  # half precision would be seen in the bits
+        found = [model.likelihood_bound(x.to(model.device), draws, tuple(priors.values()), m.steps)
+                 for x, (_, draws) in zip(images, m.parts(n))]
+    unit = math.log(2) * images[0][0].numel()  # from nats per image
+    bits = {part: torch.cat([each[part] for each in found], dim=-1).double().cpu() / unit for part in found[0]}
+    bits = {part: values.expand(len(priors), n) for part, values in bits.items()}
+    answer, total = {"n": n, **({"timesteps": m.steps} if hasattr(model, "diffusion") else {})}, sum(bits.values())
+    for i, name in enumerate(priors):
+        answer[name] = {"bits_per_dim": total[i].mean().item(), "standard_error": total[i].std().item() / math.sqrt(n),
+                        **{part: values[i].mean().item() for part, values in bits.items()}}
+    return answer

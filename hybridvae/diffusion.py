@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .core import Source, randn
+from .core import Draws, Source, randn
+from .vae import discretised_log_prob
 
 # %% ../nbs/00e_diffusion.ipynb #cell-006
 def linear_betas(timesteps: int = 1000) -> np.ndarray:
@@ -112,11 +113,62 @@ class GaussianDiffusion:
         return of_x0[name] / {"eps": snr, "v": snr + 1, "x0": np.ones_like(snr)}[self.prediction]
 
     def loss(self, network: Callable, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
-             shift: torch.Tensor | None = None) -> torch.Tensor:
-        "Simple diffusion loss of each image, (B,): weighted squared error, mean over its dimensions."
+             shift: torch.Tensor | None = None, weighting: str | None = None) -> torch.Tensor:
+        "Simple diffusion loss of each image, (B,): squared error, mean over dimensions, weighted as in `loss_weight`."
         output = network(self.q_sample(x0, t, eps, shift), t).float()
         error = (output - self.target(x0, t, eps)).square().flatten(1).mean(dim=1)
-        return self.loss_weight(t) * error
+        return self.loss_weight(t, weighting) * error
+
+    def bound_timesteps(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Timesteps in 1...T-1 and their weights, (B, k) each, from uniform numbers u (B, k).
+
+        The weighted sum of any function of t over the k is, on average, its sum over all T - 1. One t is drawn from
+        each k-th of a distribution in proportion to 1 - (1-ᾱ_{t-1})/(1-ᾱ_t): so much does the ideal network's error
+        at t cost where pixels are N(0, 1), and the sum then hardly depends on which t are drawn.
+        """
+        share = 1 - self._variance_ratio()
+        share = share / share.sum()
+        k = u.shape[1]
+        places = (np.arange(k) + u.cpu().double().numpy()) / k
+        t = np.searchsorted(share.cumsum(), places, side="right").clip(max=len(share) - 1)
+        return torch.from_numpy(t + 1).to(u.device), torch.from_numpy(1 / (k * share[t])).to(u.device)
+
+    def _variance_ratio(self) -> np.ndarray:
+        "Variance of q(x_{t-1}|x_t, x₀) over β_t, for t = 1...T-1: (1-ᾱ_{t-1})/(1-ᾱ_t), float64 (T - 1,)."
+        return (1 - self.alphas_cumprod[:-1]) / (1 - self.alphas_cumprod[1:])
+
+    @torch.no_grad()
+    def likelihood_bound(
+        self,
+        network: Callable,  # (x_t, t) -> prediction
+        x0: torch.Tensor,  # 8-bit images (B, C, H, W) in [-1, 1]
+        draws: Draws,  # timesteps and noise, see `core.image_draws`
+        timesteps: int = 20,  # k: how many of them stand for all
+        shift: torch.Tensor | None = None,  # x̂ in form 2: the bound is that of y = x_t - x̂, which ends at x₀ itself
+        variance: str = "large",  # of p: "large" is β_t, "small" that of q(x_{t-1}|x_t, x₀)
+    ) -> dict[str, torch.Tensor]:
+        """Parts whose sum bounds -log P(x₀) from above, nats per image, (B,) each (Ho et al. 2020, equation 5).
+
+        `noise`: KL(q(x_T|x₀) || N(0, I)). `diffusion`: the sum of KL(q(x_{t-1}|x_t, x₀) || p(x_{t-1}|x_t)), estimated
+        without bias from k timesteps. `decoder`: -log P(x₀|x_1), N(x̂₀, β_1) over the bins of the pixels (equation 13).
+        The small variance is right where x_t tells x₀, the large one where pixels are as good as noise (section 3.2):
+        most bits are spent on such detail, and with 1,000 timesteps √β_1 is wider than half a bin. Nothing is clipped.
+        """
+        _choice("variance", variance, ("small", "large"))
+        normal = lambda: draws.randn(*x0.shape).to(x0)
+        t, weight = self.bound_timesteps(draws.rand(len(x0), timesteps).to(x0.device))
+        end, start = self.alpha_bar(self.timesteps - 1), torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+        noise = 0.5 * (end * x0.double().square() - end - np.log1p(-end)).flatten(1).sum(dim=1)
+        y = self.q_sample(x0, start, normal())
+        guess = self.to_x0(network(y if shift is None else y + shift, start).to(y.dtype), y, start)
+        decoder = -discretised_log_prob(x0, guess, float(self.betas[0]) ** 0.5).flatten(1).sum(dim=1)
+        ratio, size = self._variance_ratio() if variance == "large" else np.ones(self.timesteps - 1), x0[0].numel()
+        weight = weight * torch.from_numpy(ratio).to(weight.device)[t - 1]
+        # KL(N(m, r β) || N(m', β)) = (r - 1 - log r)/2 + r KL(N(m, r β) || N(m', r β)), the last by the weight "bound"
+        means = lambda t: self.loss(network, x0, t, normal(), shift, "bound") * size / self.timesteps
+        diffusion = 0.5 * size * float((ratio - 1 - np.log(ratio)).sum())
+        diffusion = diffusion + sum(w * means(step) for step, w in zip(t.T, weight.T))
+        return {"noise": noise, "diffusion": diffusion, "decoder": decoder}
 
     def posterior(self, x0: torch.Tensor, x_t: torch.Tensor, t: int, s: int = None,
                   shift: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:

@@ -185,6 +185,7 @@ class LatentDiffuseVAE(DiffuseVAE):
         self.config |= {"model": "LatentDiffuseVAE", "denoiser": self.latent.denoiser.config, "latent_diffusion": self.latent.diffusion.config}
 
     prepare, training_loss, sampling_options = LatentDiffusion.prepare, LatentDiffusion.training_loss, LatentDiffusion.sampling_options
+    likelihood_bound = None  # codes have no density here, and only a share of the refiner's process is run
 
     def nfe(self, steps: int, refine_steps: int = 4, prior=None, **options) -> int:
         "Evaluations of both networks for an image; of the U-Net alone where codes come from another prior."

@@ -188,6 +188,11 @@ class DDPM(Model):
         loss = self.diffusion.loss(self.unet, x, t, draws.randn(*x.shape)).mean()
         return {"loss": loss, "loss_per_image": loss.detach() * x[0].numel()}
 
+    def likelihood_bound(self, x: torch.Tensor, draws: Draws, priors: tuple = (None,),
+                         timesteps: int = 20) -> dict[str, torch.Tensor]:
+        "As `GaussianDiffusion.likelihood_bound`; there is no code, and `priors` is not used."
+        return self.diffusion.likelihood_bound(self.unet, x, draws, timesteps)
+
     @torch.no_grad()
     def sample(self, n: int, *, sampler: str = "dpmpp", steps: int = 20, generator: Source = None,
                **options) -> torch.Tensor:

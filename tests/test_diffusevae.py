@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import complains, generator, randomised
 from hybridvae import campaign
-from hybridvae.core import Draws, config_hash, load_model, save_model, to_uint8
+from hybridvae.core import Draws, config_hash, image_draws, load_model, save_model, to_uint8
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE, attribute_direction, convert_form
 from hybridvae.experiments import entries_of
@@ -18,6 +18,7 @@ from hybridvae.metrics import describe, slerp
 from hybridvae.priors import GaussianMixture
 from hybridvae.runs import STUDIES, Material
 from hybridvae.training import Average, TrainConfig, train
+from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
 from safetensors.torch import load_file
 
@@ -599,6 +600,108 @@ def test_the_readout_sees_factors_that_are_in_the_code_and_no_others(eye):
     assert answer["hue"] > 0.99 and answer["shape"] > 0.99
     assert all(answer[name] < 0.2 for name in ("ground", "size", "x", "y")), answer
     assert set(answer) == set(STUDIES["readout"](model(1).vae, look))  # a VAE has a readout too
+
+
+# --- likelihood -----------------------------------------------------------------------------------------------------
+
+def pixels(n=4):
+    return torch.randint(256, (n, 3, 16, 16), generator=generator(4)) / 127.5 - 1
+
+
+def bound(m, x=None, **options):
+    x = pixels() if x is None else x
+    return m.likelihood_bound(x, image_draws(0, 0, len(x)), timesteps=3, **options)
+
+
+@CONVERTED
+def test_converted_weights_give_the_same_bound_in_the_other_form(form, z_guidance, unet, diffusion):
+    one = model(form, z_guidance, unet=unet, diffusion=diffusion)
+    found, other = bound(one), bound(convert_form(one))
+    assert set(found) == {"kl", "noise", "diffusion", "decoder"}
+    for name, value in found.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-9, atol=0)
+    unconverted = bound(with_weights_of(one, form=3 - form))
+    assert not torch.allclose(unconverted["diffusion"], found["diffusion"], rtol=1e-3)
+
+
+@ALL_VARIANTS
+def test_the_bound_is_the_kl_of_the_code_and_the_refiners_bound_given_what_is_decoded_from_it(form, z_guidance, concat):
+    m, x = model(form, z_guidance, concat), pixels()
+    means = torch.randn(2, 4, generator=generator())
+    mixture = GaussianMixture(torch.tensor([0.3, 0.7]), means, torch.eye(4).repeat(2, 1, 1))
+    found, draws = bound(m, x, priors=(None, mixture)), image_draws(0, 0, 4)
+    with torch.no_grad():
+        x_hat, z = m.condition(x, draws)
+        y_of = lambda x_t: x_t + x_hat if form == 2 else x_t
+        network = lambda y, t: m.unet(y_of(y), t, cond=x_hat if concat else None, z=z if z_guidance else None)
+        refiner = m.diffusion.likelihood_bound(network, x, draws, 3)
+    for name, value in refiner.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=0)
+    own = m.vae.likelihood_bound(x, image_draws(0, 0, 4), (None, mixture))["kl"]
+    torch.testing.assert_close(found["kl"], own, rtol=0, atol=0)
+
+
+def test_with_a_code_that_says_nothing_the_bound_is_that_of_plain_diffusion():
+    m, x = model(1), pixels()
+    for layer in (m.vae.encoder.net[-1], m.vae.decoder.net[-2]):  # μ = 0, σ = 1, x̂ = 0
+        layer.weight.data.zero_(), layer.bias.data.zero_()
+    plain = DDPM(UNET, m.diffusion.config).eval()
+    state = dict(m.unet.state_dict())
+    state["stem.weight"] = state["stem.weight"][:, :3]
+    plain.unet.load_state_dict(state)
+    draws = image_draws(0, 0, 4)
+    draws.randn(4, 4)  # the code's
+    want, found = plain.likelihood_bound(x, draws, timesteps=3), bound(m, x)
+    assert found.pop("kl").eq(0).all() and set(found) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=0)
+
+
+def measured(m, eye, **options):
+    return STUDIES["likelihood"](m, material(eye, **{"n": 12, "batch": 7, "steps": 3} | options))
+
+
+MEASURED = {"VAE": lambda: model(1).vae, "DDPM": lambda: randomised(DDPM(UNET)),
+            "DiffuseVAE": lambda: model(2, z_guidance=True)}
+STEPS = {"noise", "diffusion", "decoder"}
+PARTS = {"VAE": {"kl", "reconstruction"}, "DDPM": STEPS, "DiffuseVAE": {"kl", *STEPS}}
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_the_likelihood_is_the_mean_bound_in_bits_the_same_in_all_batches(eye, kind):
+    m, look = MEASURED[kind](), material(eye)
+    answer = measured(m, eye)
+    priors = ["own"] if kind == "DDPM" else ["own", "ex-pde", "realnvp"]
+    assert list(answer) == ["n", *["timesteps"] * (kind != "VAE"), *priors] and answer["n"] == 12
+    fitted = [None, *(getattr(m, "vae", m).fitted_prior(name, look.train) for name in priors[1:])]
+    with torch.no_grad():
+        parts = m.likelihood_bound(look.test.float(12), image_draws(0, 0, 12), tuple(fitted), 3)
+    bits = {name: (value / (768 * math.log(2))).expand(len(priors), 12) for name, value in parts.items()}
+    for i, name in enumerate(priors):
+        found, each = answer[name], sum(value[i] for value in bits.values())
+        assert set(found) == {"bits_per_dim", "standard_error"} | PARTS[kind]
+        assert found["bits_per_dim"] == pytest.approx(each.mean().item(), rel=1e-6)
+        assert found["bits_per_dim"] == pytest.approx(sum(found[part] for part in PARTS[kind]), rel=1e-9)
+        assert found["standard_error"] == pytest.approx(np.std(each.numpy(), ddof=1) / 12**0.5, rel=1e-5)
+    text = json.dumps(answer, allow_nan=False)
+    torch.manual_seed(1)  # whatever the global generator does
+    assert json.dumps(measured(m, eye)) == text
+    for name in priors:
+        assert measured(m, eye, batch=5)[name] == pytest.approx(answer[name], rel=1e-6)
+        assert measured(m, eye, seed=1)[name] != answer[name]
+    assert measured(m, eye, n=500)["n"] == 30  # all that are held out
+
+
+def test_likelihood_is_measured_in_full_precision(eye):
+    m = randomised(DDPM(UNET))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = measured(m, eye)
+    assert half == measured(m, eye)
+
+
+def test_a_model_without_a_bound_is_refused(eye):
+    with complains("FeatureNetwork", "leave this study out"):
+        measured(eye, eye)
 
 
 # --- entries --------------------------------------------------------------------------------------------------------

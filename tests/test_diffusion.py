@@ -7,7 +7,10 @@ import pytest
 import torch
 from conftest import generator
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from hybridvae.core import image_draws
 from hybridvae.diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS, GaussianDiffusion
+from hybridvae.vae import discretised_log_prob
+from torch.distributions import Normal, kl_divergence
 
 THEIR_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 THEIR_PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -433,3 +436,137 @@ def test_all_steps_are_taken_unless_said_otherwise_and_no_others_can_be():
     for taken in (0, 6, -1):
         with pytest.raises(ValueError, match=f"taken is {taken}: choose from 1 to 5"):
             diffusion.sample(network, noise, steps=5, taken=taken)
+
+
+# --- likelihood -----------------------------------------------------------------------------------------------------
+
+def pixels(shape=SHAPE):
+    return torch.randint(256, shape, generator=generator(4)).double() / 127.5 - 1
+
+
+def all_timesteps(diffusion):
+    "The diffusion with every timestep in its bound, each once."
+    diffusion.bound_timesteps = lambda u: (torch.arange(1, diffusion.timesteps).repeat(len(u), 1),
+                                           torch.ones(len(u), diffusion.timesteps - 1, dtype=torch.float64))
+    return diffusion
+
+
+@every_schedule
+@every_prediction
+@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("shifted", [False, True], ids=["form 1", "form 2"])
+def test_the_bound_is_the_sum_of_the_kls_between_the_steps_of_diffusers(schedule, prediction, variance, shifted):
+    "Means and variances are those of `DDPMScheduler`, KLs those of `torch.distributions`; form 2 is in y."
+    T, x0, shift = 30, pixels(), normal(2) if shifted else torch.zeros(())
+    ours = all_timesteps(GaussianDiffusion(schedule, timesteps=T, prediction=prediction))
+    options = dict(shift=shift if shifted else None, variance=variance)
+    found = ours.likelihood_bound(network, x0, image_draws(7, 0, len(x0)), **options)
+    draws = image_draws(7, 0, len(x0))
+    draws.rand(len(x0), 20)
+    options = dict(trained_betas=ours.betas, num_train_timesteps=T, clip_sample=False,
+                   prediction_type=THEIR_PREDICTION[prediction])
+    want = {"diffusion": 0.0}
+    with double_precision():
+        theirs = DDPMScheduler(**options)
+        for t in range(T):
+            eps, times = draws.randn(*x0.shape).double(), torch.full((len(x0),), t)
+            y = theirs.add_noise(x0, eps, times)
+            output = network(y + shift, times)
+            right = {"eps": eps, "x0": x0, "v": theirs.get_velocity(x0, eps, times)}[prediction]
+            step = lambda out: theirs.step(out, t, y, generator=generator(5))  # the same noise added
+            guess, truth = step(output), step(right)
+            if t == 0:
+                decoder = -discretised_log_prob(x0, guess.pred_original_sample, ours.betas[0] ** 0.5)
+            else:
+                scale = lambda kind: float(theirs._get_variance(t, variance_type=f"fixed_{kind}")) ** 0.5
+                q_scale, p_scale = scale("small"), scale(variance)
+                kl = kl_divergence(Normal(truth.prev_sample, q_scale), Normal(guess.prev_sample, p_scale))
+                want["diffusion"] = want["diffusion"] + kl.flatten(1).sum(dim=1)
+        end = theirs.alphas_cumprod[-1]
+    want["noise"] = kl_divergence(Normal(end.sqrt() * x0, (1 - end).sqrt()), Normal(0.0, 1.0)).flatten(1).sum(dim=1)
+    want["decoder"] = decoder.flatten(1).sum(dim=1)
+    assert set(found) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule, timesteps", [("cosine", 12), ("linear", 40)])
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_the_weighted_sum_over_a_few_timesteps_is_on_average_the_sum_over_all(schedule, timesteps, k):
+    "On average over uniform numbers, here the middles of a million pieces, for a function of t that these resolve."
+    diffusion = GaussianDiffusion(schedule, timesteps=timesteps)
+    middles = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    t, weight = diffusion.bound_timesteps(middles[:, None].expand(-1, k))
+    assert t.min() == 1 and t.max() == timesteps - 1
+    function = normal(0, (timesteps,)) * torch.tensor(diffusion.alphas_cumprod)
+    torch.testing.assert_close((weight * function[t]).sum(dim=1).mean(), function[1:].sum(), rtol=0, atol=1e-3)
+
+
+def test_the_mean_of_many_bounds_is_the_one_over_all_timesteps_and_varies_less_than_with_plain_draws():
+    diffusion, x0 = GaussianDiffusion(timesteps=50), pixels((1, 1, 2, 2)).expand(4_000, -1, -1, -1)
+    found = diffusion.likelihood_bound(network, x0, image_draws(0, 0, 4_000), timesteps=5)["diffusion"]
+    plain = GaussianDiffusion(timesteps=50)
+    weight = lambda u: torch.full(u.shape, 49 / u.shape[1], dtype=torch.float64)
+    plain.bound_timesteps = lambda u: (1 + (49 * u.double()).long(), weight(u))
+    spread = plain.likelihood_bound(network, x0, image_draws(0, 0, 4_000), timesteps=5)["diffusion"].std()
+    whole = all_timesteps(diffusion).likelihood_bound(network, x0, image_draws(1, 0, 4_000))["diffusion"]
+    error = ((found.var() + whole.var()) / 4_000).sqrt()
+    assert abs(found.mean() - whole.mean()) < 4 * error and found.std() < 0.5 * spread
+
+
+@every_schedule
+@every_prediction
+def test_for_normal_pixels_the_large_variance_gives_the_entropy_between_first_and_last_step(schedule, prediction):
+    "With x₀ ~ N(0, 1) and the ideal network p is q itself: entropies remain, half the log of variances' ratio."
+    diffusion, x0 = GaussianDiffusion(schedule, prediction=prediction), normal(0, (4_000, 1, 1, 1))
+    abar = torch.tensor(diffusion.alphas_cumprod)
+
+    def ideal(y, t):
+        return claim(diffusion, abar[t].sqrt()[:, None, None, None] * y, y, t)
+    found = diffusion.likelihood_bound(ideal, x0, image_draws(0, 0, 4_000))["diffusion"]
+    want = 0.5 * torch.log((1 - abar[-1]) / (1 - abar[0]))
+    assert abs(found.mean() - want) < 4 * found.std() / 4_000**0.5 < 0.15
+    small = diffusion.likelihood_bound(ideal, x0, image_draws(0, 0, 4_000), variance="small")["diffusion"]
+    assert small.mean() > want + 0.2
+
+
+def test_with_more_steps_the_ideal_networks_bound_comes_down_to_the_entropy_of_whole_levels():
+    "One pixel with one of nine levels, unequally often; the small variance is right where x_t tells the level."
+    p = torch.tensor([8, 1, 4, 2, 16, 1, 4, 8, 20], dtype=torch.float64) / 64
+    levels = torch.tensor([0, 1, 2, 90, 91, 92, 140, 200, 255], dtype=torch.float64) / 127.5 - 1
+    which = torch.arange(9).repeat_interleave((64 * p).long()).repeat(60)  # as often as p says
+    x0, entropy, gaps = levels[which][:, None, None, None], -(p * p.log()).sum(), []
+    for T in (400, 3_200, 25_600):
+        diffusion = GaussianDiffusion(timesteps=T, prediction="x0")
+        abar = torch.tensor(diffusion.alphas_cumprod)
+
+        def ideal(y, t):
+            a = abar[t][:, None]
+            posterior = (p.log() - (y.flatten(1) - a.sqrt() * levels).square() / (2 * (1 - a))).softmax(dim=1)
+            return (posterior @ levels)[:, None, None, None]
+        parts = diffusion.likelihood_bound(ideal, x0, image_draws(0, 0, len(x0)), timesteps=60, variance="small")
+        gaps.append((sum(parts.values()).mean() - entropy).item())
+    assert gaps[0] > 3 * gaps[1] > 9 * gaps[2] > 0 and gaps[2] < 0.03 * entropy, (gaps, entropy)
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["form 1", "form 2"])
+def test_the_same_function_has_the_same_bound_whatever_it_predicts(shifted):
+    x0, shift, found = pixels(), normal(2) if shifted else None, []
+    for prediction in PREDICTIONS:
+        diffusion = GaussianDiffusion("linear", prediction=prediction)
+        guess = lambda x_t, t: torch.tanh(x_t - (shift if shifted else 0)).flip(-1)
+        said = lambda x_t, t: claim(diffusion, guess(x_t, t), x_t - (shift if shifted else 0), t)
+        found.append(diffusion.likelihood_bound(said, x0, image_draws(0, 0, len(x0)), shift=shift))
+    for other in found[1:]:
+        for name, value in other.items():
+            torch.testing.assert_close(value, found[0][name], rtol=1e-4, atol=0)
+
+
+def test_the_bound_of_an_image_is_the_same_in_every_batch():
+    diffusion, x0 = GaussianDiffusion(), pixels((5, 2, 4, 4))
+    whole = diffusion.likelihood_bound(network, x0, image_draws(0, 0, 5))
+    parts = [diffusion.likelihood_bound(network, x0[a:b], image_draws(0, a, b)) for a, b in ((0, 2), (2, 5))]
+    for name, value in whole.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), value, rtol=1e-6, atol=0)
+    other = diffusion.likelihood_bound(network, x0, image_draws(1, 0, 5))
+    assert not torch.isclose(other["diffusion"], whole["diffusion"]).any()

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from conftest import complains, randomised
-from hybridvae.core import Draws, build_model, load_model, save_model
+from hybridvae.core import Draws, build_model, image_draws, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
@@ -285,6 +285,16 @@ def test_another_balance_takes_a_few_lines():
         m.training_loss(images(), draws=Draws(0, step))["loss"].backward()
     assert m.last[2].item() == pytest.approx(2.008) and build_model(m.config).balance.value == 2
     del BALANCES["by-images"]
+
+
+@VARIANTS
+def test_the_bound_on_the_likelihood_is_that_of_the_pair_with_its_weights(form, z_guidance):
+    m, x = model(form=form, z_guidance=z_guidance).eval(), (127.5 * (images(3) + 1)).round() / 127.5 - 1
+    pair = DiffuseVAE(VAE_CONFIG, UNET, form=form, z_guidance=z_guidance).eval()
+    pair.load_state_dict(m.state_dict(), strict=False)
+    found, want = (each.likelihood_bound(x, image_draws(0, 0, 3), timesteps=2) for each in (m, pair))
+    for name, value in want.items():
+        assert torch.equal(found[name], value)
 
 
 def test_unknown_choices_are_refused():

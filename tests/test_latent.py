@@ -254,6 +254,13 @@ def test_from_noise_it_is_the_refinement_of_a_diffusevae_and_without_steps_the_p
     assert torch.equal(model.refine(x_hat, z, steps=0), x_hat.clamp(-1, 1))
 
 
+@pytest.mark.parametrize("make", [latent, hybrid])
+def test_a_model_whose_codes_have_no_density_has_no_bound_on_its_likelihood(make):
+    model = make("vector")
+    with complains(type(model).__name__, "leave this study out"):
+        STUDIES["likelihood"](model, Material(shapes(), shapes(split="test"), None, None))
+
+
 def test_an_odd_width_has_no_sines_and_cosines():
     with pytest.raises(ValueError, match="width is 7: choose an even one"):
         ResidualMLP(4, width=7)

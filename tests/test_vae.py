@@ -3,14 +3,15 @@ import json
 import math
 import warnings
 
+import mpmath
 import pytest
 import torch
 from conftest import generator, randomised
-from hybridvae.core import Draws, load_model, project_root, save_model, to_float
+from hybridvae.core import Draws, image_draws, load_model, project_root, save_model, to_float
 from hybridvae.data import ImageData
 from hybridvae.priors import StandardNormal
 from hybridvae.training import TrainConfig, train
-from hybridvae.vae import VAE, kl_divergence, reparameterize
+from hybridvae.vae import VAE, discretised_log_prob, kl_divergence, reparameterize
 from safetensors import safe_open
 from torch.distributions import MultivariateNormal, Normal, kl_divergence as oracle_kl
 
@@ -390,3 +391,77 @@ def test_a_record_counts_the_kl_of_a_code_with_a_place_by_channel():
     torch.testing.assert_close(torch.tensor(found["kl_per_code_channel"]), want, rtol=1e-4, atol=1e-6)
     assert want[1] == 0 and want[0] > 0.1 and "kl_per_code_dimension" not in found
     assert sum(found["kl_per_code_channel"]) == pytest.approx(found["heldout_kl"], rel=1e-4)
+
+
+# --- likelihood -----------------------------------------------------------------------------------------------------
+
+LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.02, 0.5, 2.0])
+@pytest.mark.parametrize("mean", [-1.3, -1.0, -0.2, 0.4999, 1.0, 1.01])
+def test_the_masses_of_all_levels_sum_to_one_and_are_differences_of_the_distribution_function(mean, sigma):
+    mass = discretised_log_prob(LEVELS, torch.full_like(LEVELS, mean), sigma).exp()
+    assert mass.sum().item() == pytest.approx(1, abs=1e-12)
+    ends = torch.tensor([-math.inf, math.inf])
+    edges = torch.cat([ends[:1], (torch.arange(255, dtype=torch.float64) + 0.5) / 127.5 - 1, ends[1:]])
+    want = Normal(torch.tensor(mean, dtype=torch.float64), sigma).cdf(edges).diff()
+    torch.testing.assert_close(mass, want, rtol=1e-9, atol=1e-15)
+
+
+def test_a_level_far_from_the_mean_keeps_its_digits():
+    "Against arithmetic with 60 digits: there the mass itself would be zero in double precision."
+    mpmath.mp.dps = 60
+    ends = ((255, -0.9, 0.006), (0, 0.9, 0.006), (0, -1.2, 0.01), (255, 1.2, 0.01))
+    for x, mean, sigma in ((40, 0.7, 0.01), (200, -0.7, 0.01), *ends):
+        low, high = (((mpmath.mpf(x) + side) / mpmath.mpf("127.5") - 1 - mean) / sigma for side in (-0.5, 0.5))
+        low, high = (-mpmath.inf if x == 0 else low), (mpmath.inf if x == 255 else high)
+        low, high = (-high, -low) if x / 127.5 - 1 > mean else (low, high)  # the tail on the left
+        want = mpmath.log(mpmath.ncdf(high) - mpmath.ncdf(low))
+        found = discretised_log_prob(LEVELS[x], torch.tensor(mean, dtype=torch.float64), sigma).item()
+        assert found == pytest.approx(float(want), rel=1e-9, abs=1e-12)
+
+
+def pixels(n=6, size=16):
+    return torch.randint(256, (n, 3, size, size), generator=generator(4)) / 127.5 - 1
+
+
+def test_the_bound_is_the_negative_elbo_of_whole_levels_for_each_prior():
+    vae, x = randomised(VAE(**SMALL, sigma=1.0)), pixels()
+    other = randomised(VAE(**SMALL, prior={"prior": "MoGPrior", "components": 3})).prior
+    found = vae.likelihood_bound(x, image_draws(3, 0, 6), (None, other))
+    with torch.no_grad():
+        mu, logvar = vae.encode(x)
+        z = reparameterize(mu, logvar, image_draws(3, 0, 6).randn(6, 5))
+        x_hat, q = vae.decode(z), posterior(mu, logvar)
+        mixture = torch.distributions.MixtureSameFamily(
+            torch.distributions.Categorical(logits=other.logits),
+            torch.distributions.Independent(Normal(other.means, other.log_scales.exp()), 1))
+        kl = torch.stack([oracle_kl(q, Normal(0.0, 1.0)).sum(dim=1), q.log_prob(z).sum(dim=1) - mixture.log_prob(z)])
+        low, high = ((x.double() + side / 255) for side in (-1, 1))
+        low[x == -1], high[x == 1] = -math.inf, math.inf
+        p = Normal(x_hat.double(), vae.sigma)
+        nll = -(p.cdf(high) - p.cdf(low)).log().flatten(1).sum(dim=1)
+    assert set(found) == {"kl", "reconstruction"} and found["kl"].shape == (2, 6)
+    torch.testing.assert_close(found["kl"], kl, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["reconstruction"], nll, rtol=1e-6, atol=0)
+
+
+def test_the_mean_bound_lies_above_the_likelihood_that_many_draws_of_the_prior_give():
+    "log P(x) by the mean of P(x|z) over z ~ p(z), which needs no encoder; with a wide decoder the mean settles."
+    vae, x = randomised(VAE(**SMALL | {"z_dim": 2}, sigma=2.0)), pixels(4)
+    with torch.no_grad():
+        parts = [vae.likelihood_bound(x, image_draws(seed, 0, 4)) for seed in range(50)]
+        bound = torch.stack([part["kl"][0] + part["reconstruction"] for part in parts]).mean(dim=0)
+        drawn = vae.decode(vae.prior.sample(2_000, generator(1)))
+        log_p = torch.stack([discretised_log_prob(image[None], drawn, 2.0).flatten(1).sum(dim=1) for image in x], dim=1)
+        nll = math.log(2_000) - log_p.logsumexp(dim=0)
+    assert (bound > nll).all() and (bound < nll + 0.1 * 768).all(), (bound, nll)
+
+
+def test_the_bound_of_an_image_is_the_same_in_every_batch():
+    vae, x = randomised(VAE(**SMALL)), pixels()
+    whole = vae.likelihood_bound(x, image_draws(0, 0, 6))
+    parts = [vae.likelihood_bound(x[a:b], image_draws(0, a, b)) for a, b in ((0, 1), (1, 6))]
+    for name, value in whole.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts], dim=-1), value, rtol=1e-5, atol=1e-4)
