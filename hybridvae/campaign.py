@@ -21,7 +21,7 @@ import numpy as np
 
 from .core import HybridVAEError
 from .experiments import TABLES, entries_of
-from .runs import Clock, Entry, record_roots, recorded, run_entry
+from .runs import Clock, Entry, record_roots, outdated, recorded, run_entry
 from .training import TrainConfig, latest_checkpoint
 
 # %% ../nbs/90_campaign.ipynb #cell-006
@@ -116,7 +116,9 @@ def run_campaign(
     clock, done, failed = Clock(minutes), [], []
     for entry in entries:
         trained = (entry.folder(Path(runs)) / "trained.json").exists()
-        if not entry.missing(recorded(entry, *record_roots(), runs)) or only == ("train" if trained else "measure"):
+        record = recorded(entry, *record_roots(), runs)
+        todo = entry.missing(record) or only == "measure" and outdated(record)
+        if not todo or only == ("train" if trained else "measure"):
             continue
         if clock.left() == 0:
             break

@@ -847,7 +847,7 @@ def campaign(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only try every entry, tiny, on stand-in images")] = False,
     list_: Annotated[bool, typer.Option("--list", help="only say what is recorded and what is missing")] = False,
     train: Annotated[bool, typer.Option("--train", help="train only; the same command without it measures")] = False,
-    measure: Annotated[bool, typer.Option("--measure", help="measure only what is trained")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="measure only what is trained; again where a metric was added since")] = False,
     runs: Runs = Path("runs"),
     cpu: Cpu = False,
     precision: Precision = "auto",

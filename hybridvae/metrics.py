@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TEXTURE_LEVELS', 'LUMINANCE_CHROMA', 'ROUNDING', 'BOOTSTRAP_FEATURES', 'INCEPTION_FILE', 'INCEPTION_SHA256',
-           'INCEPTION_NAMES', 'NEIGHBOUR_IMAGES', 'EQUAL_NUMBERS', 'WITHOUT_NETWORK', 'DISTANCES', 'DEGRADATIONS',
-           'SMOOTHINGS', 'high_frequency_power', 'power_spectrum', 'texture', 'ImageStatistics', 'describe', 'extract',
-           'frechet_distance', 'texture_distance', 'in_deviations', 'frechet_deviation', 'kernel_distance',
-           'inception_score', 'precision_recall', 'density_coverage', 'diversity', 'InceptionNetwork', 'load_inception',
-           'metric_name', 'measure', 'compare', 'degraded', 'distance_scale', 'distance_floors', 'Paired', 'paired',
-           'paired_family', 'paired_table', 'slerp', 'path_length', 'linear_readout', 'Profile', 'profile_call',
-           'profile_model', 'operator_table', 'show_memory']
+           'INCEPTION_NAMES', 'NEIGHBOUR_IMAGES', 'EQUAL_NUMBERS', 'WITHOUT_NETWORK', 'ALONE', 'DISTANCES',
+           'DEGRADATIONS', 'SMOOTHINGS', 'high_frequency_power', 'power_spectrum', 'texture', 'ImageStatistics',
+           'describe', 'extract', 'frechet_distance', 'texture_distance', 'in_deviations', 'frechet_deviation',
+           'kernel_distance', 'inception_score', 'confidence', 'precision_recall', 'density_coverage', 'diversity',
+           'InceptionNetwork', 'load_inception', 'metric_name', 'measure', 'compare', 'degraded', 'distance_scale',
+           'distance_floors', 'Paired', 'paired', 'paired_family', 'paired_table', 'slerp', 'path_length',
+           'linear_readout', 'Profile', 'profile_call', 'profile_model', 'operator_table', 'show_memory']
 
 # %% ../nbs/00h_metrics.ipynb #cell-002
 import copy
@@ -280,6 +280,14 @@ def inception_score(
     logits = logits.double().log_softmax(dim=1).clamp(min=-700)  # else a class that no image has gives 0 · log 0
     return _computed(InceptionScore, logits.shape[1], seed, [(logits,)], splits=splits)
 
+
+def confidence(logits: torch.Tensor) -> float:
+    """Mean probability of each image's likeliest class, from 1 / K to 1, of logits (N, K): is an object whole enough to name?
+
+    Known as structural integrity here. Compare it with that of real images: no network is sure of all of them.
+    """
+    return logits.double().softmax(dim=1).amax(dim=1).mean().item()
+
 # %% ../nbs/00h_metrics.ipynb #cell-025
 def _distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]:
     "Euclidean distances (N, M), 1,000 rows at a time; from differences, since |a|² + |b|² - 2a·b cancels in float32."
@@ -422,6 +430,7 @@ INCEPTION_NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}
 NEIGHBOUR_IMAGES = 10_000  # precision, recall, density and coverage look at the first so many of both sets
 EQUAL_NUMBERS = ("precision", "recall", "density", "coverage")
 WITHOUT_NETWORK = ("high-frequency power", "texture distance")
+ALONE = ("class score", "confidence")  # look at the samples alone, at no reference
 
 
 def metric_name(
@@ -457,7 +466,8 @@ def measure(sampled: ImageStatistics, reference: ImageStatistics) -> dict[str, f
         "FD": frechet_distance(sampled.features, reference.features),  # on the CPU: eigenvalues need no GPU
         "texture distance": texture_distance(sampled.texture, reference.texture),
         "KID": kernel_distance(a, b),
-        **({} if sampled.logits is None else {"class score": inception_score(sampled.logits)}),
+        **({} if sampled.logits is None else {"class score": inception_score(sampled.logits),
+                                              "confidence": confidence(sampled.logits)}),
         **precision_recall(a[:n], b[:n]), **density_coverage(a[:n], b[:n]), "diversity": diversity(a, b),
         "high-frequency power": (sampled.high_frequency.mean() / reference.high_frequency.mean()).item()}
 
@@ -489,7 +499,7 @@ def compare(
         metrics[metric_name(kind, network, usual)] |= {} if deviation is None else {"deviation": deviation}
     for kind, value in found.items():
         n = min(NEIGHBOUR_IMAGES, len(sampled), len(references[usual])) if kind in EQUAL_NUMBERS else len(references[usual])
-        against = None if kind == "class score" else usual  # which looks at the samples alone
+        against = None if kind in ALONE else usual
         metrics[metric_name(kind, network, against)] = {"value": value, "reference": against and f"{against}, {n:,} images"}
     for name, entry in metrics.items():
         seen = not name.startswith(WITHOUT_NETWORK)

@@ -660,6 +660,8 @@ def test_a_comparison_says_what_was_compared_with_what():
         "texture distance to training set": (texture_distance(sampled.texture, train.texture), "training set, 90 images"),
         "KID (plain)": (kernel_distance(sampled.features, held_out.features), "held-out, 60 images"),
         "class score (plain)": (inception_score(sampled.logits), None),
+        "confidence (plain)": (sampled.logits.double().exp().div(sampled.logits.double().exp().sum(dim=1, keepdim=True))
+                               .max(dim=1).values.mean().item(), None),
         **{f"{name} (plain)": (value, "held-out, 40 images") for name, value in
            {**precision_recall(*features(40)), **density_coverage(*features(40))}.items()},
         "diversity (plain)": (diversity(sampled.features, held_out.features), "held-out, 60 images"),
@@ -684,7 +686,7 @@ def test_a_comparison_without_held_out_images_names_what_it_used(network):
     sampled, train = (describe(network, shapes(20, start)) for start in (0, 1000))
     names = compare(sampled, {"training set": train}, network).keys()
     assert {"FD (shapes) to training set", "KID (shapes) to training set", "class score (shapes)"} <= names
-    assert all(name.endswith("training set") for name in names if not name.startswith("class score"))
+    assert all(name.endswith("training set") for name in names if not name.startswith(("class score", "confidence")))
 
 
 def test_sets_that_are_too_small_are_refused(network):
@@ -805,7 +807,7 @@ def test_with_inception_the_names_and_references_are_the_published_ones():
     sets = {name: describe(network, shapes(30, start)) for name, start in (("held-out", 1000), ("training set", 5000))}
     found = compare(describe(network, shapes(20)), sets, network)
     references = {name: (m["reference"] or "").partition(",")[0] for name, m in found.items()}
-    assert references == {"FID": "training set", "FID to held-out": "held-out", "KID": "held-out", "IS": "", **{
+    assert references == {"FID": "training set", "FID to held-out": "held-out", "KID": "held-out", "IS": "", "confidence (inception)": "", **{
         f"{name} (inception)": "held-out" for name in ("precision", "recall", "density", "coverage", "diversity")},
         "high-frequency power": "held-out", "texture distance": "held-out",
         "texture distance to training set": "training set"}

@@ -18,8 +18,8 @@ from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.experiments import PRESETS
 from hybridvae.features import FaceEncoder, load_features, shipped_features
 from hybridvae.metrics import describe
-from hybridvae.runs import (Entry, beyond_spread, evaluate, evaluation_of, find_entry, mean_and_spread, metric_over_seeds,
-                            recorded, results_table, run_entry, verdict)
+from hybridvae.runs import (Entry, evaluate, evaluation_of, find_entry, mean_and_spread, outdated, recorded,
+                            results_table, run_entry, values_of)
 from hybridvae.vae import VAE
 from PIL import Image
 from safetensors.torch import load_file
@@ -632,16 +632,45 @@ def test_an_evaluation_is_found_by_exactly_its_options():
         assert evaluation_of(record, **asked) is None
 
 
-def test_metrics_over_seeds_come_in_the_order_of_seeds_and_one_shot_models_are_among_them(monkeypatch):
-    times = [{"experiment": "c", "evaluation": {"sampler": None, "steps": 1}, "seconds_per_image": 0.25}]  # records hold another
-    monkeypatch.setattr(runs, "sampling_times", lambda dataset: times if dataset == "shapes" else [])
+def test_values_come_by_seed_of_the_main_evaluation_or_of_the_one_asked_for():
     records = [a_record(seed=2, value=3.0), a_record(seed=0, value=1.0), a_record(seed=1, value=2.0), a_record("b"),
                a_record("c", model="VAE")]
-    asked = dict(sampler="dpmpp", steps=20, n=100)
-    assert metric_over_seeds(records, "a", "FD (shapes)", **asked) == [1.0, 2.0, 3.0]
-    assert metric_over_seeds(records, "c", "seconds_per_image", **asked) == [0.25] and metric_over_seeds(records, "c", "nfe", **asked) == [20]
-    assert metric_over_seeds(records, "a", "seconds_per_image", **asked) == []
-    assert metric_over_seeds(records, "a", "FID", **asked) == metric_over_seeds(records, "d", "FD (shapes)", **asked) == []
+    assert list(values_of(records, "a").items()) == [(0, 1.0), (1, 2.0), (2, 3.0)]
+    assert values_of(records, "a", "FD (shapes)", n=100) == values_of(records, "a", n=50, prior="ex-pde") == values_of(records, "a")
+    assert values_of(records, "a", "FD (shapes) to training set") == {0: 9.0, 1: 9.0, 2: 9.0}
+    assert values_of(records, "c", "nfe") == {0: 20}
+    assert values_of(records, "a", "FID") == values_of(records, "d") == values_of(records, "a", n=50) == {}
+    assert values_of([a_record() | {"evaluations": []}], "a") == {}
+
+
+def test_the_answers_of_a_study_come_by_seed():
+    records = [a_record(seed=1) | {"noise": {"n": 3}}, a_record(seed=0), a_record("b") | {"noise": {"n": 4}}]
+    assert runs.answers_of(records, "a", "noise") == {1: {"n": 3}}
+
+
+def test_a_record_without_todays_metrics_is_outdated():
+    today = a_record()
+    for evaluation in today["evaluations"]:
+        evaluation["metrics"] = evaluation["metrics"] | {"texture distance": {}, "high-frequency power": {}}
+    assert not outdated(today) and outdated(a_record()) and not outdated({"evaluations": [{"metrics": {}}]})
+    assert outdated({"evaluations": [], "floors": {"n": 2_000}}) and not outdated({"evaluations": [], "floors": {"2000": {}}})
+
+
+def test_the_floor_is_that_of_the_same_n(monkeypatch):
+    real = {"train to held-out": {"FD (shapes)": 0.5, "texture distance": 0.25}}
+    record = {"dataset": "shapes", "experiment": "features", "seed": 0, "floors": {"100": real}, "evaluations": []}
+    monkeypatch.setattr(runs, "all_records", lambda dataset: [record] if dataset == "shapes" else [])
+    assert runs.floor_of("shapes", 100) == real["train to held-out"]
+    assert runs.floor_of("shapes", 200) is None is runs.floor_of("cifar10", 100)
+    table = results_table([a_record()])
+    assert table.loc["floor: real images", "FD (shapes)"] == "0.50" and "texture distance" not in table
+
+
+def test_one_seed_is_shown_with_the_deviation_over_its_images(monkeypatch):
+    monkeypatch.setattr(runs, "all_records", lambda dataset: [])
+    one = a_record(value=2.0)
+    one["evaluations"][0]["metrics"] = {"FD (shapes)": one["evaluations"][0]["metrics"]["FD (shapes)"] | {"deviation": 0.126}}
+    assert results_table([one]).loc["a", "FD (shapes)"] == "2.00 (± 0.13)"
 
 
 def test_a_table_has_one_row_for_each_experiment_and_refuses_two_kinds_of_eyes(monkeypatch):
@@ -656,13 +685,9 @@ def test_a_table_has_one_row_for_each_experiment_and_refuses_two_kinds_of_eyes(m
         results_table([a_record(), a_record(seed=1, digest="y")])
 
 
-def test_a_claim_needs_three_seeds_and_lists_that_do_not_overlap():
-    assert beyond_spread([1, 2, 3], [4, 5, 6]) and beyond_spread([4, 5, 6], [1, 2, 3])
-    assert beyond_spread([1, 2, 5], [4, 5, 6]) is False
-    assert beyond_spread([1, 2], [4, 5, 6]) is None is beyond_spread([1, 2, 3], [9])
-    assert [verdict(a, [4, 5, 6]) for a in ([1, 2, 3], [1, 2, 5], [1, 2])] == [
-        "beyond the spread of the seeds", "within the spread of the seeds", "too few seeds for a claim"]
+def test_means_and_spreads_of_lists_and_of_values_by_seed():
     assert mean_and_spread([1234.5]) == "1,234.50" and mean_and_spread([1.0, 3.0], 1) == f"2.0 ± {np.std([1, 3], ddof=1):.1f}"
+    assert mean_and_spread({4: 1.0, 7: 3.0}) == mean_and_spread([1.0, 3.0])
 
 
 def test_a_failed_training_leaves_no_record(tmp_path, monkeypatch):
