@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import complains, files_below, generator
 from hybridvae import data, runs, training
-from hybridvae.campaign import load_stages
+from hybridvae.campaign import load_stages, run_campaign
 from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, randn, record_path,
                             save_model, weights_hash, write_record)
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.experiments import PRESETS
 from hybridvae.features import FaceEncoder, load_features, shipped_features
-from hybridvae.metrics import describe
+from hybridvae.metrics import describe, frechet_distance
 from hybridvae.runs import (Entry, evaluate, evaluation_of, find_entry, mean_and_spread, outdated, recorded,
                             results_table, run_entry, values_of)
 from hybridvae.vae import VAE
@@ -357,6 +357,35 @@ def test_measurements_of_other_weights_are_not_taken_over(tmp_path, monkeypatch)
     record = run(COARSE, tmp_path)
     assert len(measured) == len(COARSE.evaluations) == len(record["evaluations"])
     assert record["weights_hash"] == first["weights_hash"]
+
+
+def test_evaluations_without_todays_metrics_are_made_again(tmp_path, monkeypatch):
+    "As if one of two had been made before a metric was added: that one is measured again, and nothing is trained."
+    first = run(COARSE, tmp_path)
+    old = json.loads(json.dumps(first))
+    for name in ("texture distance", "texture distance to training set"):
+        del old["evaluations"][0]["metrics"][name]
+    write_record(tmp_path, old)
+    measured = COARSE.folder(tmp_path) / "measured.json"
+    measured.write_text(json.dumps(json.loads(measured.read_text()) | {"evaluations": old["evaluations"]}))
+    assert COARSE.missing(old) == [] and outdated(old) and not outdated(first)
+    calls, trained = spy(monkeypatch, runs, "evaluate"), spy(monkeypatch, runs, "train")
+    assert run_campaign([COARSE], tmp_path, cpu=True, progress=False) == [] and not calls  # recorded is recorded
+    again = run_campaign([NETWORK, COARSE], tmp_path, cpu=True, progress=False, only="measure")[0]
+    assert len(calls) == 1 and not trained and not outdated(again)
+    assert [e["metrics"] for e in again["evaluations"]] == [e["metrics"] for e in first["evaluations"]]
+
+
+def test_what_the_metrics_saw_of_each_image_is_kept(tmp_path):
+    record = run(COARSE, tmp_path)
+    files = sorted(COARSE.folder(tmp_path).glob("features-*.npz"))
+    assert len(files) == len(COARSE.evaluations) and not list(COARSE.folder(tmp_path).glob("images-*"))
+    kept, test = [np.load(file) for file in files], data.load_data("shapes", "test")
+    network = load_features("shapes")
+    reference = describe(network, test)
+    assert all(k["texture"].shape == (20, 27) and k["shapes"].dtype == np.float16 for k in kept)
+    found = {round(frechet_distance(torch.from_numpy(k["shapes"]), reference.features), 1) for k in kept}
+    assert found == {round(e["metrics"]["FD (shapes)"]["value"], 1) for e in record["evaluations"]}
 
 
 def measuring(source, folder):
