@@ -390,3 +390,10 @@ def test_a_compiled_model_has_the_losses_of_the_eager_one_and_eager_context_does
         assert torch.equal(losses(compiled, 3, n=3), losses(plain, 3, n=3))  # another shape, not compiled
     assert counters["stats"]["unique_graphs"] == graphs
     assert compiled.state_dict().keys() == plain.state_dict().keys()  # weights keep their names
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="Linux with automatic groups")
+def test_a_nice_campaign_is_nice_to_other_sessions():
+    program = "from hybridvae.campaign import *; run_campaign([]); print(open('/proc/self/autogroup').read())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, preexec_fn=lambda: (os.setsid(), os.nice(7)))
+    assert done.stdout.split()[-1] == "7", done.stderr
