@@ -663,8 +663,8 @@ def show_growth(rows: list[dict], axes=None):
     return axes
 
 # %% ../nbs/89_bench.ipynb #cell-063
-TRAINING_ONLY = {"balance", "gradient_to", "vae_weighting", "t_range", "ema_decay", "pyramid", "beta", "sigma",
-                 "weighting", "gamma", "dropout", "cond_dropout", "levels"}  # keys of configs that sampling never reads
+TRAINING_ONLY = {"balance", "gradient_to", "vae_weighting", "beta", "sigma", "weighting",
+                 "gamma", "dropout", "cond_dropout", "levels"}  # keys of configs that sampling never reads
 TIMED_IN_FULL = ("ddpm", "diffusevae-form1", "adaptive-*", "latent*", "*hybrid*")  # experiments with every evaluation
 SLOW_STEPS = 1000  # of a sampler: left out unless asked for
 

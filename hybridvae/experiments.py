@@ -276,68 +276,29 @@ def _fixed(value: float) -> dict:
 JOINT = (
     Row("joint", on={}, model={"model": "JointDiffuseVAE", **_PAIR}, train=_GO_ON, needs=_both("diffusevae-form1"),
         evaluate=_JOINT_EVALUATIONS, curve=THREE, studies=_CODE_STUDIES, **_MEASURED),
-    Row("joint-frozen-time", "joint", on=THREE, model={"model": "DiffuseVAE"}, train=_GO_ON | {"times_kimg": 0.6}),
+    Row("joint-frozen-time", "joint", on=SHAPES, model={"model": "DiffuseVAE"}, train=_GO_ON | {"times_kimg": 0.6}),
     Row("joint-b8-vae", on=THREE, model={"part": "vae", "model": "VAE", "beta": 8.0}, train=_GO_ON,
         needs={"encoder": "vae", "decoder": "vae"}, **_MEASURED),
     Row("joint-b8-two-stage", "joint", on=THREE, model={"model": "DiffuseVAE", "vae": {"beta": 8.0}},
         needs={"vae": "joint-b8-vae", "unet": "diffusevae-form1"}),
-    Row("joint-b16-10-half", "joint-b16-10", train=_GO_ON | {"times_kimg": 0.2}, studies={}, curve={}),
-    Row("joint-b16-10-settled", "joint", on=THREE, model={"model": "DiffuseVAE", "vae": {"beta": 16.0}},
-        train=_GO_ON | {"times_kimg": 0.3}, needs=_both("joint-b16-10-half")),
     Row("joint-none", "joint", on=THREE, model={"gradient_to": "none"}),
-    Row("joint-b16-10", "joint", on=THREE, model={"vae": {"beta": 16.0}, "balance": _fixed(10.0)}),
-    Row("joint-b16-vae", "joint-b8-vae", on=ONCE, model={"beta": 16.0}),
-    Row("joint-b16-two-stage", "joint-b8-two-stage", **_ON_SHAPES, model={"vae": {"beta": 16.0}},
-        needs={"vae": "joint-b16-vae", "unet": "diffusevae-form1"}),
+    Row("joint-b16-10", "joint", on=SHAPES, model={"vae": {"beta": 16.0}, "balance": _fixed(10.0)}),
 )
 
 # %% ../nbs/80_experiments.ipynb #0b01e0d2
 _SWEEP = dict(on=ONE, studies={name: SHAPES for name in _CODE_STUDIES}, curve=ONCE)
+_SLOWLY = {"name": "annealed", "value": 10.0, "kimg": 8.0}  # over the first half of the training
 
 JOINT += (
-    Row("joint-0.1", "joint", **_SWEEP, model={"balance": _fixed(0.1)}),
+    Row("joint-0.1", "joint", **_SWEEP | {"on": ONCE}, model={"balance": _fixed(0.1)}),
     Row("joint-1", "joint", **_SWEEP, model={"balance": _fixed(1.0)}),
     Row("joint-10", "joint", **_SWEEP, model={"balance": _fixed(10.0)}),
     Row("joint-100", "joint", **_SWEEP, model={"balance": _fixed(100.0)}),
-    Row("joint-b4-none", "joint-none", **_ON_SHAPES, model={"vae": {"beta": 4.0}}),
-    Row("joint-b4-10", "joint-10", **_ON_SHAPES, model={"vae": {"beta": 4.0}}),
-    Row("joint-b16-none", "joint-none", **_ON_SHAPES, model={"vae": {"beta": 16.0}}),
-    Row("joint-10-decoder", "joint-10", **_ON_SHAPES, model={"gradient_to": "decoder"}),
-    Row("joint-10-low-noise", "joint-10", **_ON_SHAPES, model={"t_range": [0.0, 0.3]}),
-    Row("joint-10-high-noise", "joint-10", **_ON_SHAPES, model={"t_range": [0.3, 1.0]}),
-    Row("joint-10-uniform", "joint-10", **_ON_SHAPES, model={"vae_weighting": "uniform"}),
     Row("joint-bound", "joint-1", **_ON_SHAPES, model={"vae_weighting": "bound"}),
-    Row("joint-10-ema", "joint-10", **_ON_SHAPES, model={"ema_decay": 0.99}),
-    Row("joint-10-pyramid", "joint-10", **_ON_SHAPES, model={"pyramid": 1.0}),
-    Row("joint-linear", "joint", **_ON_SHAPES,  # over the first half of the training
-        model={"balance": {"name": "annealed", "value": 10.0, "kimg": 8.0, "shape": "linear"}}),
-    Row("joint-cosine", "joint", **_ON_SHAPES,
-        model={"balance": {"name": "annealed", "value": 10.0, "kimg": 8.0, "shape": "cosine"}}),
+    Row("joint-linear", "joint", **_ON_SHAPES, model={"balance": _SLOWLY | {"shape": "linear"}}),
+    Row("joint-cosine", "joint", **_ON_SHAPES, model={"balance": _SLOWLY | {"shape": "cosine"}}),
     Row("joint-uncertainty", "joint", **_ON_SHAPES, model={"balance": {"name": "uncertainty"}}),
-    Row("joint-gradient-norm", "joint", on=ONE, studies={}, curve={}, model={"balance": {"name": "gradient-norm"}}),
-)
-
-# %% ../nbs/80_experiments.ipynb #1560059b
-_FORM1_Z, _FORM2, _FORM2_Z = {"z_guidance": True}, {"form": 2}, {"form": 2, "z_guidance": True}
-_SCRATCH = dict(on=ONCE, train={"part": "train"}, needs={}, studies={}, curve={})
-_SLOWLY = {"name": "annealed", "value": 1000.0, "kimg": 20.0}  # over the first half of the training
-
-JOINT += (
-    Row("joint-frozen", "joint", **_ON_SHAPES, model={"model": "DiffuseVAE"}),
-    Row("joint-form1-z-none", "joint-none", **_ON_SHAPES, model=_FORM1_Z, needs=_both("diffusevae-form1-z")),
-    Row("joint-form1-z-10", "joint-10", **_ON_SHAPES, model=_FORM1_Z, needs=_both("diffusevae-form1-z")),
-    Row("joint-form2-none", "joint-none", **_ON_SHAPES, model=_FORM2, needs=_both("diffusevae-form2")),
-    Row("joint-form2-10", "joint-10", **_ON_SHAPES, model=_FORM2, needs=_both("diffusevae-form2")),
-    Row("joint-form2-z-none", "joint-none", **_ON_SHAPES, model=_FORM2_Z, needs=_both("diffusevae-form2-z")),
-    Row("joint-form2-z-10", "joint-10", **_ON_SHAPES, model=_FORM2_Z, needs=_both("diffusevae-form2-z")),
-    Row("joint-vae-none", "joint-none", **_SCRATCH | {"needs": {"vae": "vae"}}),
-    Row("joint-vae-10", "joint-10", **_SCRATCH | {"needs": {"vae": "vae"}}),
-    Row("joint-scratch-none", "joint-none", **_SCRATCH),
-    Row("joint-scratch-10", "joint-10", **_SCRATCH),
-    Row("joint-scratch-1000", "joint", **_SCRATCH, model={"balance": _fixed(1000.0)}),
-    Row("joint-scratch-1000-annealed", "joint", **_SCRATCH, model={"balance": _SLOWLY}),
-    Row("joint-scratch-b300", "joint-none", **_SCRATCH, model={"vae": {"beta": 300.0}}),
-    Row("joint-scratch-b300-100", "joint-100", **_SCRATCH, model={"vae": {"beta": 300.0}}),
+    Row("joint-gradient-norm", "joint", **_ON_SHAPES, model={"balance": {"name": "gradient-norm"}}),
 )
 
 # %% ../nbs/80_experiments.ipynb #32bc1422

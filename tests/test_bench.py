@@ -247,7 +247,7 @@ def test_models_that_differ_in_training_alone_are_the_same_computation():
 
 def test_the_same_computation_means_the_same_samples(tmp_path):
     entries = {e.experiment: e for e in queue("shapes") if e.seed == 0}
-    one, two = (build_model(entries[name].model).eval() for name in ("diffusevae-form1", "joint-10-pyramid"))
+    one, two = (build_model(entries[name].model).eval() for name in ("diffusevae-form1", "joint-uncertainty"))
     two.load_state_dict({k: v for k, v in one.state_dict().items()}, strict=False)
     samples = [m.sample(2, steps=2, generator=torch.Generator().manual_seed(0)) for m in (one, two)]
     assert torch.equal(*samples)
