@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
 from hybridvae.experiments import entries_of
-from hybridvae.features import FeatureNetwork
+from hybridvae.features import FeatureNetwork, weights_folder
 from hybridvae.latent import TIMES_LESS, DiffusionPrior, LatentDiffuseVAE, LatentDiffusion, ResidualMLP, gain, sampling_flops
 from hybridvae.metrics import describe, frechet_distance, paired, paired_family
 from hybridvae.priors import StandardNormal
@@ -527,10 +528,12 @@ DATASETS = ("shapes", "cifar10", "celeba64", "celeba256")
 def test_entries_are_fair(dataset):
     entries = {e.experiment: e for e in queue(dataset) if e.seed == 0}
     ours = {e.experiment: e for e in entries_of(dataset, "latent") if e.seed == 0}
+    core = {"latent-vae", "latent", "latent-mlp-long", "latent-hybrid"}
+    assert set(ours) == core | ({"latent-long", "latent-mlp"} if dataset == "shapes" else set())
     pixel = entries["ddpm"]
-    for name in ("latent", "latent-mlp"):  # equal images, the same sampler, steps and number of images
+    for name in ours.keys() & {"latent", "latent-mlp"}:  # equal images, the same sampler, steps and number of images
         assert ours[name].train == pixel.train and ours[name].evaluations[0] == pixel.evaluations[0]
-    assert all(ours[f"{name}-long"].train["kimg"] > pixel.train["kimg"] for name in ("latent", "latent-mlp"))
+    assert all(e.train["kimg"] > pixel.train["kimg"] for name, e in ours.items() if name.endswith("-long"))
     assert all(name in entries for e in ours.values() for name in e.depends_on.values())
     assert all(e.evaluations[0]["n"] == pixel.evaluations[0]["n"] for e in ours.values())
     refined = [e.get("refine_steps") for e in ours["latent-hybrid"].evaluations]
@@ -541,14 +544,13 @@ def test_entries_are_fair(dataset):
 def test_codes_have_the_sizes_that_are_named_and_parts_fit_together(dataset, shape):
     entries = {e.experiment: e for e in entries_of(dataset, "latent") if e.seed == 0}
     assert build_model(entries["latent"].model).vae.code_shape == shape
-    assert build_model(entries["latent-mlp-512"].model).vae.code_shape == (512,)
     everything = {e.experiment: e for e in queue(dataset) if e.seed == 0}
-    for name in ("latent-hybrid", "latent-hybrid-spatial"):
-        model = build_model(entries[name].model)
-        for attribute, parent in entries[name].depends_on.items():
-            part = getattr(build_model(everything[parent].model), attribute)
-            assert {k: v.shape for k, v in getattr(model, attribute).state_dict().items()} == {k: v.shape for k, v in part.state_dict().items()}
-        assert model.latent.diffusion.config == build_model(everything[entries[name].depends_on["latent"]].model).diffusion.config
+    entry = entries["latent-hybrid"]
+    model = build_model(entry.model)
+    for attribute, parent in entry.depends_on.items():
+        part = getattr(build_model(everything[parent].model), attribute)
+        assert {k: v.shape for k, v in getattr(model, attribute).state_dict().items()} == {k: v.shape for k, v in part.state_dict().items()}
+    assert model.latent.diffusion.config == build_model(everything[entry.depends_on["latent"]].model).diffusion.config
     assert dataclasses.replace(entries["latent"], seed=1).config == entries["latent"].config
 
 
@@ -556,3 +558,15 @@ def test_three_seeds_where_claims_are_made():
     for dataset in DATASETS:
         seeds = {name: [e.seed for e in entries_of(dataset, "latent") if e.experiment == name] for name in ("latent", "latent-mlp-long", "latent-hybrid")}
         assert all(found == ([0] if dataset == "celeba256" else [0, 1, 2]) for found in seeds.values())
+
+
+def test_the_shipped_weights_are_those_of_an_experiment_that_is_kept():
+    config = load_model(weights_folder() / "shapes-latent.safetensors").config
+    built = {e.experiment: build_model(e.model).config for e in entries_of("shapes", "latent") if e.experiment in ("latent", "latent-long")}
+    assert json.loads(json.dumps(built["latent-long"])) == json.loads(json.dumps(config))
+
+
+def test_the_lesson_talks_only_of_experiments_that_exist():
+    text = "".join("".join(c["source"]) for c in json.loads(LESSON.read_text())["cells"])
+    known = {e.experiment for e in entries_of()}
+    assert set(re.findall(r"\blatent(?:-(?:vae|mlp|form\d|hybrid|long|free|tight|coarse|spatial|512))+\b", text)) <= known
