@@ -284,17 +284,18 @@ def gain(
 ) -> dict | None:
     """What a latent model gains over a pixel model, over the seeds; None where either has no record.
 
-    `values`: of both, by yardstick and seed, of the main evaluations (the pixel model's also if fewer `steps` suffice it).
-    `near`: by yardstick, whether the latent model is at most 1.2 times as far from real images: True or False where the
-    whole 95 % interval says so, else None. How far: a distance itself; of the high-frequency power, which is 1 for real
-    images, the factor that it is off. `seconds per image` of both, see `runs.time_of`; `times less time`, None where not
-    measured; `times fewer operations`.
+    `values`: of both, by yardstick and seed, of the main evaluations (the pixel model's also if fewer `steps` suffice).
+    `near`: by yardstick, whether the latent model is at most 1.2 times as far from real images: True or False where
+    the whole 95 % interval says so, else None. How far: a distance itself; of the high-frequency power, which is 1 for
+    real images, the factor that it is off. `seconds per image` of both, see `runs.time_of`; `times less time`, None
+    where not measured; `times fewer operations`.
 
-    `goal`: at least ten times less time, and near by every yardstick. FD does not see texture, so that it never decides
-    alone: None without a sharpness. Raises `HybridVAEError` where the two are not comparable: another sampler, number of
-    steps, n or feature network.
+    `goal`: at least ten times less time, and near by every yardstick. FD does not see texture, so that it never
+    decides alone: None without a sharpness. Raises `HybridVAEError` where the two are not comparable: another sampler,
+    number of steps, n or feature network.
     """
-    own, other = ([r for r in records if r["experiment"] == name and r["evaluations"]] for name in (experiment, against))
+    own, other = ([r for r in records if r["experiment"] == key and r["evaluations"]]
+                  for key in (experiment, against))
     if not own or not other:
         return None
     mains = [[r["evaluations"][0] for r in part] for part in (own, other)]
@@ -306,9 +307,10 @@ def gain(
     name = next(m for m in mains[0][0]["metrics"] if m.startswith("FD (") and " to " not in m)
     measured = lambda e: (e["sampler"], e["steps"], e["n"], e["metrics"].get(name, {}).get("hash"))
     if len(set(map(measured, sum(mains, [])))) > 1:
-        raise HybridVAEError(f"{experiment} and {against} were measured with another sampler, number of steps, n or feature "
-                             "network: evaluate them alike.")
-    values = {kind: (values_of(records, experiment, kind, **asked), values_of(records, against, kind)) for kind in YARDSTICKS}
+        raise HybridVAEError(f"{experiment} and {against} were measured with another sampler, number of steps, n or "
+                             "feature network: evaluate them alike.")
+    values = {kind: (values_of(records, experiment, kind, **asked), values_of(records, against, kind))
+              for kind in YARDSTICKS}
     values = {kind: pair for kind, pair in values.items() if all(pair)}
     near = {kind: _near(*(_far(kind, part) for part in pair)) for kind, pair in values.items()}
     options = [{k: part[0][k] for k in OPTIONS if k in part[0]} for part in mains]
@@ -323,7 +325,8 @@ def gain(
 
 def _far(kind: str, values: dict[int, float]) -> dict[int, float]:
     "How far from real images, by seed; of a power that is 1 for them, the factor that it is off."
-    return values if kind != "high-frequency power" else {seed: max(v, 1 / max(v, 1e-6)) for seed, v in values.items()}
+    off = lambda v: max(v, 1 / max(v, 1e-6))
+    return values if kind != "high-frequency power" else {seed: off(v) for seed, v in values.items()}
 
 
 def _near(own: dict[int, float], other: dict[int, float]) -> bool | None:

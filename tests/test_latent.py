@@ -479,7 +479,7 @@ def sentence(records, family=None):
     pairs = {f"latent against ddpm, {kind}": tuple(runs.values_of(records, name, kind) for name in ("latent", "ddpm")) for kind in kinds}
     names = {"gain": gain, "RECORDS": {"shapes": records}, "HybridVAEError": HybridVAEError, "KINDS": kinds, "FEWEST": 1,
              "TIMES_LESS": TIMES_LESS, "mean_and_spread": runs.mean_and_spread, "FAMILY": {"shapes": paired_family(pairs)}}
-    for function in ("said", "in_time", "in_words"):
+    for function in ("said", "goal_in_words", "in_time", "in_words"):
         [source] = [s for s in sources if f"def {function}(" in s]
         exec(source, names)
     return names["in_words"]("shapes", "latent", "ddpm")
