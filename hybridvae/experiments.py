@@ -120,14 +120,13 @@ _PLACES = {"z_channels": 4, "multipliers": [1, 2], "patch": 2}  # 32 pixels -> 4
 _LARGE = {
     "places": _PLACES | {"width": 64, "blocks": 2, "sigma": 1.0, "beta": 0.02},
     "denoiser": {"width": 64, "multipliers": [1, 2, 2], "blocks": 2, "attention": [8]},
-    "coarse": {"width": 128, "multipliers": [1, 2], "blocks": 2, "attention": []},
-    "mlp": {"width": 512, "blocks": 4}, "places_longer": 8, "mlp_longer": 16,
+    "mlp": {"width": 512, "blocks": 4}, "mlp_longer": 16,
 }
 _CODES = {
     "shapes": {
         "places": _PLACES | {"width": 24, "sigma": 0.5, "beta": 0.1},
         "denoiser": {"width": 32, "multipliers": [1, 2], "attention": [8]},
-        "coarse": {"width": 64, "multipliers": [1], "blocks": 2, "attention": [4]},
+
         "mlp": {"width": 128, "blocks": 3}, "places_longer": 2.25, "mlp_longer": 10,  # as much time as the DDPM, about
     },
     "cifar10": _LARGE,
@@ -136,9 +135,8 @@ _CODES = {
                            "denoiser": _LARGE["denoiser"] | {"attention": [16]}},
 }
 for _name, _parts in _CODES.items():
-    _vae = PRESETS[_name]["vae"]
-    _wide = {k: _parts["places"][k] for k in ("beta", "sigma")} | {"z_dim": 512}
-    PRESETS[_name] |= _parts | {"places": {"image_size": _vae["image_size"], **_parts["places"]}, "wide": _vae | _wide}
+    _size = PRESETS[_name]["vae"]["image_size"]
+    PRESETS[_name] |= _parts | {"places": {"image_size": _size, **_parts["places"]}}
 
 # %% ../nbs/80_experiments.ipynb #a3e4f199
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +353,8 @@ _BY_CODES = _MEASURED | {"n_study": "n"}
 _LATENT = {"model": "LatentDiffusion", "vae": {"part": "places"}, "denoiser": {"part": "denoiser"},
            "diffusion": {"part": "diffusion"}}
 _MLP = {"vae": {"part": "vae"}, "denoiser": {"part": "mlp"}}
-_WIDE = {"vae": {"part": "wide"}, "denoiser": {"part": "mlp", "times_width": 2}}
+_DRAWN = {"model": "LatentDiffuseVAE", "unet": {"part": "unet"}, "diffusion": {"part": "diffusion"}, "form": 1,
+          "latent_diffusion": {"part": "diffusion"}}
 _REFINED = (*(MAIN | {"refine_steps": k} for k in (4, 2, 1)),
             MAIN | {"refine_steps": 20, "start": 1.0})  # as many evaluations of the U-Net as the DDPM takes
 _FITTED = tuple(MAIN | {"refine_steps": 4, "prior": prior} for prior in ("own", "ex-pde", "realnvp"))
@@ -365,35 +364,15 @@ LATENT = (
         evaluate=(ONE_SHOT,), studies={"ceiling": EVERY}, **_BY_CODES),
     Row("latent", on=ALL, model=_LATENT, train={"part": "train"}, needs={"vae": "latent-vae"},
         evaluate=PLAIN_EVALUATIONS, curve=_OTHERS, studies={"code_fit": EVERY}, **_BY_CODES),
-    Row("latent-long", "latent", train={"part": "train", "times_kimg": "places_longer"}, evaluate=(MAIN,), studies={}),
-    Row("latent-mlp", "latent", model=_MLP, needs={"vae": "vae"}, studies={"ceiling": EVERY, "code_fit": EVERY}),
-    Row("latent-mlp-long", "latent-mlp", train={"part": "train", "times_kimg": "mlp_longer"}, evaluate=(MAIN,),
-        studies={"code_fit": EVERY}),
-)
-
-# %% ../nbs/80_experiments.ipynb #e5cb3913
-_REFINER = {"unet": {"part": "unet"}, "diffusion": {"part": "diffusion"}, "form": 1}
-_DRAWN = {"model": "LatentDiffuseVAE", **_REFINER, "latent_diffusion": {"part": "diffusion"}}
-_ALONE = {name: 1 for name in ALL}
-_TIGHTER = dict(on=_ALONE, studies={}, evaluate=(MAIN,))
-
-LATENT += (
-    Row("latent-form1", on=ALL, model={"model": "DiffuseVAE", "vae": {"part": "places"}, **_REFINER},
-        train={"part": "train"}, needs={"vae": "latent-vae"}, evaluate=(MAIN,), **_BY_CODES),
+    Row("latent-long", "latent", on=SHAPES, train={"part": "train", "times_kimg": "places_longer"}, evaluate=(MAIN,),
+        studies={}),
+    Row("latent-mlp", "latent", on=SHAPES, model=_MLP, needs={"vae": "vae"},
+        studies={"ceiling": EVERY, "code_fit": EVERY}),
+    Row("latent-mlp-long", "latent-mlp", on=ALL, train={"part": "train", "times_kimg": "mlp_longer"},
+        evaluate=(MAIN,), studies={"code_fit": EVERY}),
     Row("latent-hybrid", on=ALL, model=_DRAWN | _MLP, train={},
         needs={**_both("diffusevae-form1"), "latent": "latent-mlp-long"}, evaluate=(*_REFINED, *_FITTED),
         studies={"ceiling": EVERY}, **_BY_CODES),
-    Row("latent-hybrid-spatial", "latent-hybrid", model={"vae": {"part": "places"}, "denoiser": {"part": "denoiser"}},
-        needs={**_both("latent-form1"), "latent": "latent-long"}, evaluate=_REFINED),
-    Row("latent-vae-512", "latent-vae", model={"part": "wide"}),
-    Row("latent-mlp-512", "latent-mlp-long", model=_WIDE, train={"part": "train"}, needs={"vae": "latent-vae-512"}),
-    Row("latent-vae-free", "latent-vae", on=_ALONE, model={"times_beta": 0.2}),
-    Row("latent-free", "latent", **_TIGHTER, model={"vae": {"times_beta": 0.2}}, needs={"vae": "latent-vae-free"}),
-    Row("latent-vae-tight", "latent-vae", on=_ALONE, model={"times_beta": 5}),
-    Row("latent-tight", "latent", **_TIGHTER, model={"vae": {"times_beta": 5}}, needs={"vae": "latent-vae-tight"}),
-    Row("latent-vae-coarse", "latent-vae", on=_ALONE, model={"z_channels": 8, "multipliers": [1, 2, 4]}),
-    Row("latent-coarse", "latent", **_TIGHTER, needs={"vae": "latent-vae-coarse"},
-        model={"vae": {"z_channels": 8, "multipliers": [1, 2, 4]}, "denoiser": {"part": "coarse"}}),
 )
 
 # %% ../nbs/80_experiments.ipynb #55e6c93f
