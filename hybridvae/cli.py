@@ -1041,7 +1041,7 @@ def _draw_memory(found: dict[str, dict], dataset: str, target: Path) -> None:
 
 # %% ../nbs/91_cli.ipynb #cell-042
 STUDY = ("vae", "ddpm", "diffusevae-form1")  # on shapes, seed 0
-REPORTED_STUDIES = ("condition_agreement", "prior_gap")
+REPORTED_STUDIES = ("condition_agreement",)
 KINDS = {"fig": "Figure", "tbl": "Table", "sec": "Section", "eq": "Equation"}
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'FIRST', 'EVERY', 'PHOTOGRAPHS', 'THREE', 'ONE', 'ALL', 'SHAPES', 'ONCE', 'CPU', 'CPU_ONE', 'FULL',
            'ONE_SHOT', 'MAIN', 'FEW', 'USUAL', 'EX_PDE', 'ANCESTRAL', 'CURVE', 'VAE_EVALUATIONS', 'PLAIN_EVALUATIONS',
-           'HYBRID_EVALUATIONS', 'GUIDED_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT', 'WAYS', 'ADAPTIVE_EVALUATIONS',
-           'ADAPTIVE', 'LATENT', 'TABLES', 'Row', 'filled', 'inherited', 'in_place', 'entry_of', 'entries_of']
+           'HYBRID_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT', 'WAYS', 'ADAPTIVE_EVALUATIONS', 'ADAPTIVE', 'LATENT',
+           'TABLES', 'Row', 'filled', 'inherited', 'in_place', 'entry_of', 'entries_of']
 
 # %% ../nbs/80_experiments.ipynb #afbb745c
 import dataclasses
@@ -188,7 +188,6 @@ VAE_EVALUATIONS = (ONE_SHOT | USUAL, ONE_SHOT, ONE_SHOT | FEW | USUAL, ONE_SHOT 
 PLAIN_EVALUATIONS = (MAIN, *CURVE, MAIN | FEW)
 HYBRID_EVALUATIONS = (MAIN | USUAL, MAIN, *(e | USUAL for e in CURVE), MAIN | FEW | USUAL, MAIN | FEW | EX_PDE,
                       ANCESTRAL | USUAL | {"only": "ancestral"})
-GUIDED_EVALUATIONS = (MAIN, *(MAIN | FEW | {"guidance_weight": w} for w in (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)))
 
 # %% ../nbs/80_experiments.ipynb #c1309918
 _PAIR = {"vae": {"part": "vae"}, "unet": {"part": "unet"}, "diffusion": {"part": "diffusion"},
@@ -214,9 +213,7 @@ DIFFUSEVAE = (
     Row("diffusevae-form2", "diffusevae-form1", model={"form": 2}, ancestral={}),
     Row("diffusevae-form2-z", "diffusevae-form2", model={"z_guidance": True}),
     Row("diffusevae-form2-noconcat", "diffusevae-form2", on=THREE, model={"concat": False}),
-    Row("diffusevae-form1-paper", "diffusevae-form1", on=ONE, model={"diffusion": _LINEAR}, ancestral={}),
-    Row("diffusevae-form1-dropout", "diffusevae-form1", on=ONCE, model={"cond_dropout": 0.1},
-        evaluate=GUIDED_EVALUATIONS, studies={"condition_agreement": EVERY, "prior_gap": EVERY}),
+    Row("diffusevae-form1-paper", "diffusevae-form1", on=ONCE, model={"diffusion": _LINEAR}, ancestral={}),
 )
 
 # %% ../nbs/80_experiments.ipynb #ff287e51

@@ -1,0 +1,113 @@
+"""What lesson 1 and the report say of the records: no more than the corrected comparisons, with both yardsticks."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hybridvae import runs
+from hybridvae.metrics import paired_family
+
+NBS = Path(__file__).parents[1] / "nbs"
+LESSONS = pytest.mark.parametrize("lesson", ["01_diffusevae", "07_report"])
+DISTANCE = re.compile(r"(FD|KID|texture distance|precision|recall|density|coverage|(refined )?x̂ )")
+
+
+def cells(lesson):
+    return json.loads((NBS / f"{lesson}.ipynb").read_text())["cells"]
+
+
+def source_of(lesson, words):
+    "The one code cell that holds these words."
+    [found] = [s for s in ("".join(c["source"]) for c in cells(lesson) if c["cell_type"] == "code") if words in s]
+    return found
+
+
+def outputs(lesson, kind):
+    return ["".join(o["data"][kind]) for c in cells(lesson) for o in c.get("outputs", []) if kind in o.get("data", {})]
+
+
+def tables(lesson):
+    "The tables of the stored outputs: rows by index, of cells by column."
+    for html in outputs(lesson, "text/html"):
+        rows = [[re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.S)]
+                for row in re.findall(r"<tr.*?</tr>", html, flags=re.S)]
+        yield {row[0]: dict(zip(rows[0][1:], row[1:])) for row in rows[1:]}
+
+
+@LESSONS
+def test_a_table_says_lower_or_higher_only_where_the_interval_is_on_that_side_of_zero(lesson):
+    [family] = [table for table in tables(lesson) if all("verdict" in row for row in table.values())]
+    assert len(family) >= 12
+    for name, row in family.items():
+        low, high = map(float, row["95 % interval"].strip("[]").split(", "))
+        if row["verdict"] == "not told apart":
+            assert float(row["p (Holm)"]) >= 0.05 and float(row["within ±"]) >= abs(float(row["difference"])), name
+        else:
+            assert float(row["p (Holm)"]) < 0.05 and (high < 0 if row["verdict"] == "lower" else low > 0), name
+
+
+def test_every_sentence_of_the_report_on_a_difference_carries_its_interval():
+    text = "\n".join(outputs("07_report", "text/markdown"))
+    found = re.findall(r"(lower|higher|not told apart), ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\](, within ±)?", text)
+    assert len(found) >= 20 and {said for said, *_ in found} == {"lower", "higher", "not told apart"}
+    for said, difference, low, high, bound in found:
+        assert float(low) <= float(difference) <= float(high)
+        assert bound if said == "not told apart" else float(high) < 0 if said == "lower" else float(low) > 0
+
+
+def test_a_sentence_of_the_report_never_says_lower_or_higher_where_the_interval_holds_zero():
+    names, rng, said = {}, np.random.default_rng(0), set()
+    exec(source_of("07_report", "def told(").split("\n\n\n")[0], names)
+    for shift in np.linspace(-3, 3, 61):
+        a, b = (dict(enumerate(offset + rng.normal(size=3))) for offset in (shift, 0))
+        names["family"] = paired_family({"x": (a, b), "y": (b, a)})
+        r, text = names["family"]["x"], names["told"]("x")
+        said.add(text.split(",")[0])
+        assert text.startswith(r.verdict) and ("within ±" in text) == (r.verdict == "not told apart")
+        assert not (r.low <= 0 <= r.high) or text.startswith("not told apart")
+    assert said == {"lower", "higher", "not told apart"}
+    assert names["told"]("of one seed") == "too few seeds to say"
+
+
+@LESSONS
+def test_no_distance_of_fewer_than_a_thousand_images_is_shown(lesson):
+    seen = 0
+    for table in tables(lesson):
+        for name, row in table.items():
+            if "n" in row and any(value and DISTANCE.match(column) for column, value in row.items()):
+                assert int(row["n"].replace(",", "")) >= 1_000, (name, row)
+                seen += 1
+    assert seen > 5
+
+
+@LESSONS
+def test_every_table_of_models_has_both_yardsticks_and_the_floor(lesson):
+    found = [table for table in tables(lesson) if all({"seeds", "FD (shapes)"} <= row.keys() for row in table.values())]
+    assert found
+    for table in found:
+        assert "floor: real images" in table and all("sharpness: high-frequency power" in row for row in table.values())
+
+
+@LESSONS
+def test_words_that_the_numbers_do_not_carry_are_gone(lesson):
+    text = "\n".join(["".join(c["source"]) for c in cells(lesson)] + outputs(lesson, "text/markdown"))
+    for words in ("the spread", "goal reached", "sharp images", "adds what the VAE leaves out", "no record yet:"):
+        assert words not in text, words
+
+
+def test_what_lesson_1_reads_off_its_table_stands_in_it():
+    [family] = [table for table in tables("01_diffusevae") if all("verdict" in row for row in table.values())]
+    verdict = {name: row["verdict"] for name, row in family.items()}
+    assert verdict["form1 - vae, high-frequency power"] == "higher" == verdict["form1 - ddpm, high-frequency power"]
+    assert verdict["form2-noconcat - form2, FD"] == "lower"
+    assert {name for name, said in verdict.items() if said == "not told apart"} == set(verdict) - {
+        "form1 - vae, high-frequency power", "form1 - ddpm, high-frequency power", "form2-noconcat - form2, FD"}
+
+
+def test_a_sentence_on_a_latent_model_does_without_a_time():
+    names = {"time_of": lambda *names, **asked: None, "values_of": lambda *names: {0: 0.5}, "committed": [], "SHARPNESS": "",
+             "LATENT": {"latent": "latent"}, "mean_and_spread": runs.mean_and_spread, "both": lambda name: "too few seeds to say"}
+    exec(source_of("07_report", "def in_words("), names)
+    said = names["in_words"]("latent")
+    assert "time not measured" in said and "nan" not in said and "0.50" in said
