@@ -122,6 +122,11 @@ _LARGE = {
     "denoiser": {"width": 64, "multipliers": [1, 2, 2], "blocks": 2, "attention": [8]},
     "mlp": {"width": 512, "blocks": 4}, "mlp_longer": 16,
 }
+_LIGHT = {  # for two cores
+    "places": _PLACES | {"width": 32, "sigma": 0.2, "beta": 0.5},  # the KL's pull is that of _LARGE
+    "denoiser": {"width": 64, "multipliers": [1, 2, 2], "attention": [8]},
+    "mlp": {"width": 512, "blocks": 4}, "mlp_longer": 4,
+}
 _CODES = {
     "shapes": {
         "places": _PLACES | {"width": 24, "sigma": 0.5, "beta": 0.1},
@@ -129,8 +134,7 @@ _CODES = {
 
         "mlp": {"width": 128, "blocks": 3}, "places_longer": 2.25, "mlp_longer": 10,  # as much time as the DDPM, about
     },
-    "cifar10": _LARGE,
-    "celeba64": _LARGE,
+    "cifar10": _LARGE, "celeba64": _LARGE, "cifar10-cpu": _LIGHT, "celeba64-cpu": _LIGHT,
     "celeba256": _LARGE | {"places": _LARGE["places"] | {"patch": 4},  # -> 4x32x32
                            "denoiser": _LARGE["denoiser"] | {"attention": [16]}},
 }
@@ -200,15 +204,16 @@ DIFFUSEVAE = (
     Row("features", on={"shapes": 1, "cifar10": 2, "celeba64": 2, "celeba256": 1}, model={"part": "features"},
         train={"part": "train_features"}, n_study="n", batch="batch"),
     Row("vae", on=ALL, model={"part": "vae", "model": "VAE"}, train={"part": "train_vae"}, evaluate=VAE_EVALUATIONS,
-        studies={"path_length": EVERY, "readout": SHAPES}, half=PHOTOGRAPHS, **_MEASURED),
+        studies={"path_length": EVERY, "readout": SHAPES, "likelihood": PHOTOGRAPHS}, half=PHOTOGRAPHS, **_MEASURED),
     Row("diffusevae-form1-z", "diffusevae-form1", model={"z_guidance": True}, curve=FIRST,
         ancestral={"cifar10": 1, "celeba64": 1}),
     Row("ddpm", on=ALL, model={"model": "DDPM", "unet": {"part": "unet"}, "diffusion": {"part": "diffusion"}},
-        train={"part": "train"}, evaluate=PLAIN_EVALUATIONS, curve=FIRST, half=PHOTOGRAPHS, parameters="parameters",
-        **_MEASURED),
+        train={"part": "train"}, evaluate=PLAIN_EVALUATIONS, curve=FIRST, studies={"likelihood": PHOTOGRAPHS},
+        half=PHOTOGRAPHS, parameters="parameters", **_MEASURED),
     Row("diffusevae-form1", on=ALL, model={"model": "DiffuseVAE", **_PAIR}, train={"part": "train"},
         needs={"vae": "vae"}, evaluate=HYBRID_EVALUATIONS, curve=_OTHERS, ancestral=_OTHERS,
-        studies={"condition_agreement": EVERY, "prior_gap": EVERY, "robustness": FIRST, "path_length": FIRST},
+        studies={"condition_agreement": EVERY, "prior_gap": EVERY, "robustness": FIRST, "path_length": FIRST,
+                 "likelihood": PHOTOGRAPHS},
         half=PHOTOGRAPHS, parameters="parameters", **_MEASURED),
     Row("diffusevae-form2", "diffusevae-form1", model={"form": 2}, ancestral={}),
     Row("diffusevae-form2-z", "diffusevae-form2", model={"z_guidance": True}),
@@ -264,25 +269,30 @@ def _both(pair: str) -> dict:
     return {"vae": pair, "unet": pair}
 
 
+def _weight(value: float) -> dict:
+    "A weight in the loss, named by its value at σ = 0.5, in the unit that survives another σ."
+    return {"per_error": 0.5 * value}
+
+
 def _fixed(value: float) -> dict:
-    return {"name": "fixed", "value": value}
+    return {"name": "fixed", "value": _weight(value)}
 
 
 JOINT = (
     Row("joint", on={}, model={"model": "JointDiffuseVAE", **_PAIR}, train=_GO_ON, needs=_both("diffusevae-form1"),
         evaluate=_JOINT_EVALUATIONS, curve=THREE, studies=_CODE_STUDIES, **_MEASURED),
     Row("joint-frozen-time", "joint", on=SHAPES, model={"model": "DiffuseVAE"}, train=_GO_ON | {"times_kimg": 0.6}),
-    Row("joint-b8-vae", on=THREE, model={"part": "vae", "model": "VAE", "beta": 8.0}, train=_GO_ON,
+    Row("joint-b8-vae", on=THREE, model={"part": "vae", "model": "VAE", "beta": _weight(8.0)}, train=_GO_ON,
         needs={"encoder": "vae", "decoder": "vae"}, **_MEASURED),
-    Row("joint-b8-two-stage", "joint", on=THREE, model={"model": "DiffuseVAE", "vae": {"beta": 8.0}},
+    Row("joint-b8-two-stage", "joint", on=THREE, model={"model": "DiffuseVAE", "vae": {"beta": _weight(8.0)}},
         needs={"vae": "joint-b8-vae", "unet": "diffusevae-form1"}),
     Row("joint-none", "joint", on=THREE, model={"gradient_to": "none"}),
-    Row("joint-b16-10", "joint", on=SHAPES, model={"vae": {"beta": 16.0}, "balance": _fixed(10.0)}),
+    Row("joint-b16-10", "joint", on=SHAPES, model={"vae": {"beta": _weight(16.0)}, "balance": _fixed(10.0)}),
 )
 
 # %% ../nbs/80_experiments.ipynb #0b01e0d2
 _SWEEP = dict(on=ONE, studies={name: SHAPES for name in _CODE_STUDIES}, curve=ONCE)
-_SLOWLY = {"name": "annealed", "value": 10.0, "kimg": 8.0}  # over the first half of the training
+_SLOWLY = {"name": "annealed", "value": _weight(10.0), "kimg": 8.0}  # over the first half of the training
 
 JOINT += (
     Row("joint-0.1", "joint", **_SWEEP | {"on": ONCE}, model={"balance": _fixed(0.1)}),
@@ -294,6 +304,20 @@ JOINT += (
     Row("joint-cosine", "joint", **_ON_SHAPES, model={"balance": _SLOWLY | {"shape": "cosine"}}),
     Row("joint-uncertainty", "joint", **_ON_SHAPES, model={"balance": {"name": "uncertainty"}}),
     Row("joint-gradient-norm", "joint", **_ON_SHAPES, model={"balance": {"name": "gradient-norm"}}),
+)
+
+_CPU_TUNED = dict(on=CPU_ONE, train=_GO_ON | {"times_kimg": 0.25})  # about twenty minutes of two cores
+_CPU_JOINT = dict(needs=_both("diffusevae-form1-cpu"), **_CPU_TUNED,
+                  studies={"path_length": CPU_ONE, "condition_agreement": CPU_ONE, "likelihood": CPU_ONE})
+
+JOINT += (
+    Row("joint-none-cpu", "joint-none", **_CPU_JOINT),
+    Row("joint-1-cpu", "joint-1", **_CPU_JOINT),
+    Row("joint-10-cpu", "joint-10", **_CPU_JOINT),
+    Row("joint-100-cpu", "joint-100", **_CPU_JOINT),
+    Row("joint-b8-vae-cpu", "joint-b8-vae", needs={"encoder": "vae-cpu", "decoder": "vae-cpu"}, **_CPU_TUNED),
+    Row("joint-b8-two-stage-cpu", "joint-b8-two-stage",
+        **_CPU_JOINT | {"needs": {"vae": "joint-b8-vae-cpu", "unet": "diffusevae-form1-cpu"}}),
 )
 
 # %% ../nbs/80_experiments.ipynb #32bc1422
@@ -345,6 +369,15 @@ ADAPTIVE = (
     Row("adaptive-glow", "adaptive-normal", **_VARIANT, model={"flow": {"kind": "glow"}}),
 )
 
+_CPU_WAYS = ("full trust", "no trust", "adaptive strength", "shuffled strength")
+ADAPTIVE += (
+    Row("flow-vae-cpu", "flow-vae", on=CPU_ONE),
+    Row("flow-form1-cpu", "flow-form1", on=CPU_ONE, needs={"vae": "flow-vae-cpu"}),
+    Row("adaptive-normal-cpu", "adaptive-normal", **_CPU_TUNED | {"train": _ADAPT | {"times_kimg": 0.25}},
+        needs=_both("diffusevae-form1-cpu"), studies={"noise": CPU_ONE, "likelihood": CPU_ONE},
+        evaluate=(MAIN | USUAL, *(_SHORT | FEW | USUAL | WAYS[way] for way in _CPU_WAYS))),
+)
+
 # %% ../nbs/80_experiments.ipynb #9be45bb8
 _BY_CODES = _MEASURED | {"n_study": "n"}
 _LATENT = {"model": "LatentDiffusion", "vae": {"part": "places"}, "denoiser": {"part": "denoiser"},
@@ -370,6 +403,14 @@ LATENT = (
     Row("latent-hybrid", on=ALL, model=_DRAWN | _MLP, train={},
         needs={**_both("diffusevae-form1"), "latent": "latent-mlp-long"}, evaluate=(*_REFINED, *_FITTED),
         studies={"ceiling": EVERY}, **_BY_CODES),
+)
+
+LATENT += (
+    Row("latent-vae-cpu", "latent-vae", on=CPU_ONE),
+    Row("latent-cpu", "latent", on=CPU_ONE, needs={"vae": "latent-vae-cpu"}, curve={}),
+    Row("latent-mlp-long-cpu", "latent-mlp-long", on=CPU_ONE, needs={"vae": "vae-cpu"}),
+    Row("latent-hybrid-cpu", "latent-hybrid", on=CPU_ONE, evaluate=_REFINED,
+        needs={**_both("diffusevae-form1-cpu"), "latent": "latent-mlp-long-cpu"}),
 )
 
 # %% ../nbs/80_experiments.ipynb #55e6c93f
@@ -405,6 +446,8 @@ def in_place(value, preset: dict):
     "A config of a row with the parts of a preset in their places."
     if not isinstance(value, dict):
         return value
+    if value.keys() == {"per_error"}:  # beside a squared error of weight 1, not 1 / (2σ²)
+        return round(value["per_error"] / (2 * preset["vae"]["sigma"]**2), 9)
     value = {k: in_place(v, preset) for k, v in value.items()}
     if "part" not in value:
         return value

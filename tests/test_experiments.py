@@ -54,6 +54,17 @@ def test_parts_numbers_and_factors_come_from_the_preset():
                                      {"sampler": None, "steps": 1, "n": 5} | prior)
 
 
+def test_a_weight_pulls_as_hard_at_another_sigma():
+    "λ times σ² is the same on every preset, and on Shapes, whose σ is 0.5, λ is what the row's name says."
+    for name in ("joint-1", "joint-10", "joint-100"):
+        entries = [next(e for e in entries_of(dataset) if e.experiment == name) for dataset in ("shapes", "cifar10")]
+        pulls = [e.model["balance"]["value"] * e.model["vae"]["sigma"]**2 for e in entries]
+        assert entries[0].model["balance"]["value"] == float(name.partition("-")[2])
+        assert entries[1].model["vae"]["sigma"] != 0.5 and pulls[1] == pytest.approx(pulls[0])
+    heavy = {d: next(e for e in entries_of(d) if e.experiment == "joint-b8-vae").model for d in ("shapes", "celeba64")}
+    assert heavy["shapes"]["beta"] == 8 and heavy["celeba64"]["beta"] == pytest.approx(8 * (0.5 / heavy["celeba64"]["sigma"])**2)
+
+
 def test_scopes_say_on_which_presets_and_with_how_many_seeds():
     seen = collections.Counter((e.experiment, e.dataset) for e in ENTRIES)
     for row in map(inherited, ROWS):
