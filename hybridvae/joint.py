@@ -133,7 +133,8 @@ class JointDiffuseVAE(DiffuseVAE):
         self.balance = BALANCES[balance["name"]](**{k: v for k, v in balance.items() if k != "name"})
         self.gradient_to, self.vae_weighting = gradient_to, vae_weighting
         self.vae.requires_grad_(True)
-        self.config |= {"model": "JointDiffuseVAE", "balance": balance, "gradient_to": gradient_to, "vae_weighting": vae_weighting}
+        self.config |= {"model": "JointDiffuseVAE", "balance": balance, "gradient_to": gradient_to,
+                        "vae_weighting": vae_weighting}
         self.register_buffer("images_seen", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("last", torch.zeros(3), persistent=False)  # of the step before: norms at x̂ of reconstruction and diffusion, λ
 
