@@ -321,9 +321,9 @@ JOINT += (
 )
 
 # %% ../nbs/80_experiments.ipynb #32bc1422
-_WORST = {"uncertainty": "cycle", "ramp": [0.75, 0.75]}  # the worst quarter of the plans
+_WORST = {"uncertainty": "cycle", "ramp": [0.75, 0.75]}  # the most uncertain quarter
 
-WAYS = {  # to treat a plan: asked of an evaluation
+WAYS = {  # to treat x̂: asked of an evaluation
     "full trust": {},
     "fixed strength": {"strength": [0.25, 0.25]},
     "no trust": {"strength": [1.0, 1.0]},
@@ -340,7 +340,7 @@ WAYS = {  # to treat a plan: asked of an evaluation
 }
 _SHORT = MAIN | {"steps": 10}  # the grid on which the ways are compared
 _TRUSTED = (MAIN, *(_SHORT | way for way in WAYS.values()), MAIN | {"steps": 3}, MAIN | {"steps": 5})
-_QUARTER = (_SHORT | {"strength": [0.75, 0.75]},  # and what the others would do with a quarter of the plans
+_QUARTER = (_SHORT | {"strength": [0.75, 0.75]},  # and a quarter by the others
             *(_SHORT | WAYS["adaptive strength"] | {"uncertainty": name}
               for name in ("re-encode", "head", "error", "prior", "density")))
 ADAPTIVE_EVALUATIONS = (*_TRUSTED, *(e | {"prior": "realnvp"} for e in _TRUSTED),
@@ -350,7 +350,7 @@ ADAPTIVE_EVALUATIONS = (*_TRUSTED, *(e | {"prior": "realnvp"} for e in _TRUSTED)
 _FLOW = {"prior": "FlowPrior", "kind": "realnvp"}
 _ADAPT = {"part": "train", "times_kimg": 0.6, "times_lr": 0.5}
 _PLAN_STUDIES = {"truncation": EVERY, "uncertainty": FIRST, "priors": FIRST, "adaptive": FIRST}
-_VARIANT = dict(on=ONE, studies={}, evaluate=(_SHORT, _SHORT | WAYS["adaptive strength"]))
+_VARIANT = dict(on=ONCE, studies={}, evaluate=(_SHORT, _SHORT | WAYS["adaptive strength"]))
 
 ADAPTIVE = (
     Row("flow-vae", on=THREE, model={"part": "vae", "model": "VAE", "prior": _FLOW}, train={"part": "train_vae"},
@@ -360,7 +360,7 @@ ADAPTIVE = (
     Row("adaptive-normal", on=THREE, model={"model": "AdaptiveDiffuseVAE", **_PAIR}, train=_ADAPT,
         needs=_both("diffusevae-form1"), evaluate=ADAPTIVE_EVALUATIONS, studies=_PLAN_STUDIES | {"noise": FIRST},
         steps_study=10, **_MEASURED),
-    Row("adaptive-flow", "adaptive-normal", model={"vae": {"prior": _FLOW}}, needs=_both("flow-form1"),
+    Row("adaptive-flow", "adaptive-normal", on=SHAPES, model={"vae": {"prior": _FLOW}}, needs=_both("flow-form1"),
         evaluate=_TRUSTED, studies=_PLAN_STUDIES),
     Row("adaptive-control", "adaptive-normal", on=ONE, model={"model": "DiffuseVAE"}, studies={},
         evaluate=(MAIN, _SHORT, MAIN | {"steps": 3}, MAIN | {"steps": 5})),

@@ -122,6 +122,8 @@ FAULTS = [
           "test_adaptive.py::test_each_plan_takes_its_own_steps_from_its_own_start"),
     Fault("control that is not shuffled", "adaptive.py", "        if self.shuffled:  #", "        if False:  #",
           "test_adaptive.py::test_numbers_follow_the_rank_on_a_line_and_the_control_has_the_same_ones_on_other_plans"),
+    Fault("a way tested on the seed on which it was chosen", "adaptive.py", "if not chosen or seed != CHOSEN_ON",
+          "if True", "test_adaptive.py::test_what_uses_the_quarter_loses_the_seed_on_which_it_was_chosen"),
     Fault("ranks among draws of another prior", "adaptive.py", "codes = prior.sample(n, torch", "codes = self.vae.prior.sample(n, torch",
           "test_adaptive.py::test_options_become_an_adaptation_and_the_prior_is_fitted_beside"),
     Fault("ways that do not share their noise", "adaptive.py", "noise, own = normal() if noise is None else noise, normal()",

@@ -1,19 +1,22 @@
 """Adaptive conditioning: what the U-Net is told, how uncertainty becomes a rank, which steps are taken, and the flow between."""
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import complains, generator, randomised
-from hybridvae.adaptive import UNCERTAINTIES, WAYS, Adaptation, AdaptiveDiffuseVAE, ConditionFlow, UncertaintyHead, uncertainty
+from hybridvae.adaptive import (CHOSEN_ON, UNCERTAINTIES, WAYS, Adaptation, AdaptiveDiffuseVAE, ConditionFlow,
+                                UncertaintyHead, unchosen, uncertainty)
 from hybridvae.core import Draws, build_model, image_draws, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
 from hybridvae.experiments import entries_of
 from hybridvae.features import FaceEncoder, FeatureNetwork
-from hybridvae.metrics import describe
+from hybridvae.metrics import describe, paired
 from hybridvae.priors import fit_mixture
 from hybridvae.runs import STUDIES, Material
 from hybridvae.training import TrainConfig, train
@@ -472,3 +475,53 @@ def test_studies_refine_on_the_grid_on_which_the_ways_are_evaluated():
     for e in (e for e in entries_of(stage="adaptive") if e.studies):
         grids = {asked["steps"] for asked in e.evaluations if any(asked.items() >= way.items() for way in WAYS.values() if way)}
         assert grids == {10} == {e.steps_study}, e.experiment
+
+
+# --- what the lesson may claim --------------------------------------------------------------------------------------
+
+def lesson():
+    path = Path(__file__).parents[1] / "nbs" / "03_adaptive_conditioning.ipynb"
+    return json.loads(path.read_text())["cells"]
+
+
+def shown_tables():
+    "The tables that the lesson shows, as stored."
+    for cell in lesson():
+        for out in cell.get("outputs", []):
+            if html := "".join(out.get("data", {}).get("text/html", "")):
+                yield re.sub(r"<style.*?</style>", "", html, flags=re.S)
+
+
+@pytest.mark.parametrize("as_read", [list, tuple])
+def test_what_uses_the_quarter_loses_the_seed_on_which_it_was_chosen(as_read):
+    values = {0: 7.0, 1: 8.0, 2: 9.0}
+    for name, asked in WAYS.items():
+        asked = {k: as_read(v) if isinstance(v, list) else v for k, v in asked.items()}
+        for more in ({}, {"steps": 10, "prior": "realnvp"}, {"uncertainty": "head"}):
+            left = unchosen(values, asked | more)
+            assert left == {k: v for k, v in values.items() if "ramp" not in asked or k != CHOSEN_ON}, name
+    assert sum("ramp" in asked for asked in WAYS.values()) == 4 and CHOSEN_ON == 0
+    adaptive, full = (unchosen(values, WAYS[way]) for way in ("adaptive strength", "full trust"))
+    assert paired(adaptive, full) is None  # two seeds are left: no claim
+
+
+def test_the_family_of_the_lesson_says_lower_and_higher_only_where_the_interval_leaves_out_0():
+    (family,) = (table for table in shown_tables() if "p (Holm)" in table)
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", family, flags=re.S)]
+    assert len(rows) == 25
+    for name, difference, interval, p, verdict, bound, seeds in rows:
+        low, high = map(float, interval.strip("[]").split(","))
+        assert low <= float(difference) <= high and int(seeds) >= 3, name
+        assert verdict == "not told apart" or (float(p) < 0.05 and (high < 0 if verdict == "lower" else low > 0)), name
+        assert not name.startswith("adaptive") and "quarter" not in name
+    said = next(text for text in ("".join(c["source"]) for c in lesson()) if "What may be claimed" in text)
+    assert f"{len(rows)} together" in said
+
+
+def test_no_distance_of_the_lesson_stands_without_its_floor_or_below_a_thousand_images():
+    head = re.compile(r"<thead>.*<th[^>]*>(\S.*: )?FD( \(shapes\))?</th>.*</thead>", flags=re.S)
+    tables = [table for table in shown_tables() if head.search(table)]
+    assert len(tables) >= 6
+    for table in tables:
+        images = [int(n.replace(",", "")) for n in re.findall(r"n = ([\d,]+)", table)]
+        assert images and min(images) >= 1_000, table
