@@ -269,11 +269,15 @@ def test_stand_in_images_are_of_every_size_and_split_and_gone_afterwards(monkeyp
     assert "HYBRIDVAE_DATA" not in os.environ
 
 
+SAME_WORK = ("joint-none", "joint-1", "joint-100", "diffusevae-form2-z")  # as joint-10 and form2, but for a number
+
+
 @pytest.mark.parametrize("data", [*campaign.DATASETS, "celeba64-cpu", "cifar10-full", TRIALS])
 def test_every_experiment_comes_through_a_dry_run_that_is_stopped_once(data, tmp_path, monkeypatch, float32):
     "Of the other seeds, which do the same work, one pair; in float32, since numbers so small are slower in bfloat16 wherever they are computed."
     monkeypatch.setattr(runs, "_LAST", {}, raising=False)
-    entries = [e for e in queue(data) if e.seed == 0 or (e.seed == 1 and e.experiment in ("vae", "diffusevae-form1"))]
+    entries = [e for e in queue(data) if e.seed == 0 and e.experiment.removesuffix("-cpu") not in SAME_WORK
+               or e.seed == 1 and e.experiment in ("vae", "diffusevae-form1")]
     before = dry_run(entries, tmp_path, minutes=0.03)
     assert len(before) < len(entries)  # it was stopped
     after = dry_run(entries, tmp_path)
