@@ -527,7 +527,7 @@ DATASETS = ("shapes", "cifar10", "celeba64", "celeba256")
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_entries_are_fair(dataset):
     entries = {e.experiment: e for e in queue(dataset) if e.seed == 0}
-    ours = {e.experiment: e for e in entries_of(dataset, "latent") if e.seed == 0}
+    ours = {e.experiment: e for e in entries_of(dataset, "latent") if e.seed == 0 and not e.experiment.endswith("-cpu")}
     core = {"latent-vae", "latent", "latent-mlp-long", "latent-hybrid"}
     assert set(ours) == core | ({"latent-long", "latent-mlp"} if dataset == "shapes" else set())
     pixel = entries["ddpm"]
