@@ -74,7 +74,7 @@ def uncertainty(
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-016
 @dataclasses.dataclass
 class Adaptation:
-    """Conditioning strength of each coarse image by its rank among others: noise on x̂, and the share of the steps taken.
+    """Conditioning strength of each coarse image by its rank among others: noise on x̂, and the share of steps taken.
 
     Called with x̂ (B, C, H, W), z (B, D), a number of steps and a generator, which only shuffling needs, it returns the
     noise levels (B,) and the steps that each takes (B,), whole numbers on the CPU. Where `uncertainty` is None all are
@@ -120,9 +120,9 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
     """A DiffuseVAE whose conditioning strength can be set for each coarse image.
 
     In training x̂ gets noise of any level s, √(1-s²) x̂ + s ε, and the U-Net is told s (Ho et al. 2022, section 4.2): more
-    noise, weaker conditioning. With `film` it is told log σ² as well, as the head predicts it from z, by scale and shift;
-    with `flow` x̂ passes an invertible map before it gets its noise. An `UncertaintyHead` is trained beside. Samples as
-    `DiffuseVAE` does, at full strength, unless an `adaptation` is given. Raises `ValueError`
+    noise, weaker conditioning. With `film` it is told log σ² as well, as the head predicts it from z, by scale and
+    shift; with `flow` x̂ passes an invertible map before it gets its noise. An `UncertaintyHead` is trained beside.
+    Samples as `DiffuseVAE` does, at full strength, unless an `adaptation` is given. Raises `ValueError`
     for options of `DiffuseVAE` that do not go with it, or levels that are no shares.
     """
 
@@ -192,15 +192,15 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
                steps: int = 20, generator: Source = None, noise: torch.Tensor | None = None,
                guidance_weight: float = 1.0,
                **options) -> torch.Tensor:
-        """As in `DiffuseVAE.refine`, with the conditioning strength that `adaptation` gives; at full strength without it.
+        """As in `DiffuseVAE.refine`, with the conditioning strength of `adaptation`; at full strength without it.
 
-        What takes fewer steps begins at x̂, with the noise of the timestep where these begin. Raises `ValueError` where z is missing,
-        or another guidance_weight than 1 is asked for.
+        What takes fewer steps begins at x̂, with the noise of the timestep where these begin. Raises `ValueError` where
+        z is missing, or another guidance_weight than 1 is asked for.
         """
         if z is None or guidance_weight != 1:
             raise ValueError("an AdaptiveDiffuseVAE needs z, and guidance_weight=1: strength is its way to follow x̂ less")
         normal = lambda: randn(x_hat.shape, generator).to(x_hat.device)
-        noise, own = normal() if noise is None else noise, normal()  # drawn in any case: all ways then share their noise
+        noise, own = normal() if noise is None else noise, normal()  # drawn in any case: all ways share it
         strength, taken = z.new_zeros(len(z)), torch.full((len(z),), steps)
         if adaptation is not None:
             strength, taken = adaptation(x_hat, z, steps, generator)
@@ -261,7 +261,7 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         return Adaptation(measure, self._ranks[key][1], **options)
 
     def sampling_options(self, options: dict, data, seed: int = 0) -> dict:
-        "As in `VAE.sampling_options`; what concerns the conditioning strength becomes an `Adaptation`, its ranks those among draws of the prior asked for."
+        "As in `VAE.sampling_options`; an `Adaptation` sets the conditioning strength, by ranks of the prior asked for."
         asked = {k: options[k] for k in ("uncertainty", "strength", "start", "ramp", "shuffled") if k in options}
         rest = super().sampling_options({k: v for k, v in options.items() if k not in asked}, data, seed)
         return rest | ({"adaptation": self.adaptation(prior=rest.get("prior"), data=data, seed=seed, **asked)} if asked else {})

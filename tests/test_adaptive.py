@@ -281,7 +281,7 @@ def test_ways_of_trusting_share_codes_and_noise():
     m, data = model(), shapes(60)
     def draw(**asked):
         "Two batches, as an evaluation draws them."
-        options = m.sampling_options({"steps": 2, **asked}, data)
+        options = m.sampling_options({"sampler": "ancestral", "steps": 2, **asked}, data)  # draws noise on its way, too
         return [torch.cat(parts) for parts in zip(*(m.sample_pairs(5, generator=image_draws(0, i, i + 5), **options) for i in (0, 5)))]
     plain, fixed, start = draw(), draw(strength=[0.0, 0.0]), draw(start=[0.5, 0.5])
     adaptive, control = (draw(strength=[0.0, 0.9], uncertainty="prior", **more) for more in ({}, {"shuffled": True}))
