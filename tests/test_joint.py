@@ -261,8 +261,9 @@ def test_unknown_choices_are_refused():
 
 @pytest.mark.parametrize("dataset", ["shapes", "cifar10", "celeba64"])
 def test_entries_that_are_compared_start_alike_and_see_equally_many_images(dataset):
-    entries = {(e.experiment, e.seed): e for e in entries_of(dataset, "joint")}
-    assert len(entries) == len(entries_of(dataset, "joint"))  # no name twice
+    of_size = [e for e in entries_of(dataset, "joint") if not e.experiment.endswith("-cpu")]
+    entries = {(e.experiment, e.seed): e for e in of_size}
+    assert len(entries) == len(of_size)  # no name twice
     assert len({str(e.config) for e in entries.values() if e.seed == 0}) == sum(seed == 0 for _, seed in entries)  # nor one config under two names
     control = entries["joint-none", 0]
     for (name, seed), entry in entries.items():
