@@ -85,7 +85,7 @@ PRESETS |= {
         "train_features": {"kimg": 4_000, "batch_size": 512, "lr": 2e-3, "weight_decay": 0.05, "ema_kimg": 0},
         "train_vae": {"kimg": 100, "batch_size": 32, "lr": 5e-4, "flip": True},
         "train": {"kimg": 100, "batch_size": 32, "lr": 3e-4, "flip": True},
-        "n": 2_000, "n_curve": 500, "n_ancestral": 500, "n_study": 250, "batch": 125, "parameters": 9e6,
+        "n": 2_000, "n_curve": 1_000, "n_ancestral": 1_000, "n_study": 1_000, "batch": 125, "parameters": 9e6,
     },
 }
 
