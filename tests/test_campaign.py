@@ -278,6 +278,8 @@ def test_every_experiment_comes_through_a_dry_run_that_is_stopped_once(data, tmp
     monkeypatch.setattr(runs, "_LAST", {}, raising=False)
     entries = [e for e in queue(data) if e.seed == 0 and e.experiment.removesuffix("-cpu") not in SAME_WORK
                or e.seed == 1 and e.experiment in ("vae", "diffusevae-form1")]
+    if data.endswith("-cpu"):  # of the later stages one that starts from another: the rest is as without the suffix
+        entries = [e for e in entries if e.experiment.startswith(("features", "vae", "ddpm", "diffusevae", "joint-10"))]
     before = dry_run(entries, tmp_path, minutes=0.03)
     assert len(before) < len(entries)  # it was stopped
     after = dry_run(entries, tmp_path)
