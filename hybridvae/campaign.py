@@ -107,10 +107,12 @@ def give_way() -> None:
     With automatic groups (`man 7 sched`) niceness counts only within a session: a detached process of niceness 19 would
     take as much of the machine as everything in the foreground.
     """
-    with contextlib.suppress(OSError):  # no such kernel, or no groups
-        Path("/proc/self/autogroup").write_text(str(os.nice(0)))
+    nice = os.nice(0)
+    if nice > 0:
+        with contextlib.suppress(OSError):  # no such kernel, or no groups
+            Path("/proc/self/autogroup").write_text(str(nice))
 
-
+# %% ../nbs/90_campaign.ipynb #7e0a9001
 def run_campaign(
     entries: list[Entry],  # in their order
     runs: str | Path = "runs",  # checkpoints, weights and records

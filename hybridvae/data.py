@@ -79,7 +79,7 @@ def _grain(number: np.ndarray, image_size: int) -> np.ndarray:
         field = (np.roll(field, 1, axis) + 2 * field + np.roll(field, -1, axis)) / 4
     return (field - 0.5) / (np.sqrt(1 / 12) * 3 / 8)  # a uniform's deviation, times √(6/16) for each axis
 
-
+# %% ../nbs/00b_data.ipynb #7e0a7001
 def draw_shapes(
     factors: np.ndarray,  # (N, 8), columns as in `FACTORS`
     image_size: int = 32,  # height and width, pixels

@@ -165,6 +165,16 @@ class DiffuseVAE(Model):
         pairs = torch.stack([images[:side * rows].reshape(rows, side, *x.shape[1:]) for images in (x_hat, x)], dim=1)
         return {"": x, "pairs": pairs.flatten(0, 2)}
 
+    def likelihood_bound(self, x: torch.Tensor, draws: Draws, priors: tuple = (None,),
+                         timesteps: int = 20) -> dict[str, torch.Tensor]:
+        """Parts whose sum bounds -log P(x) from above, nats per image; arguments and `kl` as in `VAE.likelihood_bound`.
+
+        -log P(x) <= KL(q(z|x) || p(z)) + E_q[bound of the refiner given x̂(z) and z], the latter as in `GaussianDiffusion`.
+        """
+        refined = lambda x_hat, z: self.diffusion.likelihood_bound(
+            self.denoiser(x_hat, z), x, draws, timesteps, self.shift(x_hat))
+        return self.vae.likelihood_bound(x, draws, priors, likelihood=refined)
+
 # %% ../nbs/01_diffusevae.ipynb #cell-030
 @torch.no_grad()
 def attribute_direction(
@@ -313,20 +323,6 @@ def readout(model, m: Material) -> dict:
     return linear_readout(*part(m.train.first(min(4_000, len(m.train)))), *part(m.test.first(min(2_000, len(m.test)))))
 
 # %% ../nbs/01_diffusevae.ipynb #04fef96e
-def _likelihood_bound(self, x: torch.Tensor, draws: Draws, priors: tuple = (None,),
-                      timesteps: int = 20) -> dict[str, torch.Tensor]:
-    """Parts whose sum bounds -log P(x) from above, nats per image; arguments and `kl` as in `VAE.likelihood_bound`.
-
-    -log P(x) <= KL(q(z|x) || p(z)) + E_q[bound of the refiner given x̂(z) and z], the latter as in `GaussianDiffusion`.
-    """
-    refined = lambda x_hat, z: self.diffusion.likelihood_bound(
-        self.denoiser(x_hat, z), x, draws, timesteps, self.shift(x_hat))
-    return self.vae.likelihood_bound(x, draws, priors, likelihood=refined)
-
-
-DiffuseVAE.likelihood_bound = _likelihood_bound
-
-
 @study("likelihood")
 def likelihood(model, m: Material) -> dict:
     """Bits per dimension of the first n held-out images: an upper bound, its standard error over images, its parts.

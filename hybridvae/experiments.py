@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PRESETS', 'FIRST', 'EVERY', 'PHOTOGRAPHS', 'THREE', 'ONE', 'ALL', 'SHAPES', 'ONCE', 'CPU', 'CPU_ONE', 'FULL',
            'ONE_SHOT', 'MAIN', 'FEW', 'USUAL', 'EX_PDE', 'ANCESTRAL', 'CURVE', 'VAE_EVALUATIONS', 'PLAIN_EVALUATIONS',
-           'HYBRID_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT', 'WAYS', 'ADAPTIVE_EVALUATIONS', 'ADAPTIVE', 'LATENT',
+           'HYBRID_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT', 'ADAPTIVE_EVALUATIONS', 'ADAPTIVE', 'LATENT',
            'TABLES', 'Row', 'filled', 'inherited', 'in_place', 'entry_of', 'entries_of']
 
 # %% ../nbs/80_experiments.ipynb #afbb745c
 import dataclasses
 
+from .adaptive import WAYS
 from .core import HybridVAEError
 from .runs import Entry
 
@@ -321,23 +322,6 @@ JOINT += (
 )
 
 # %% ../nbs/80_experiments.ipynb #32bc1422
-_WORST = {"uncertainty": "cycle", "ramp": [0.75, 0.75]}  # the most uncertain quarter
-
-WAYS = {  # to treat x̂: asked of an evaluation
-    "full trust": {},
-    "fixed strength": {"strength": [0.25, 0.25]},
-    "no trust": {"strength": [1.0, 1.0]},
-    "adaptive strength": {"strength": [0.0, 1.0], **_WORST},
-    "shuffled strength": {"strength": [0.0, 1.0], **_WORST, "shuffled": True},
-    "half strength": {"strength": [0.5, 0.5]},
-    "graded strength": {"strength": [0.0, 1.0], "uncertainty": "cycle"},
-    "shuffled grades": {"strength": [0.0, 1.0], "uncertainty": "cycle", "shuffled": True},
-    "fixed start": {"start": [0.4, 0.4]},
-    "adaptive start": {"start": [0.2, 0.6], "uncertainty": "cycle"},
-    "shuffled start": {"start": [0.2, 0.6], "uncertainty": "cycle", "shuffled": True},
-    "adaptive both": {"strength": [0.0, 1.0], "start": [0.4, 1.0], **_WORST},
-    "shuffled both": {"strength": [0.0, 1.0], "start": [0.4, 1.0], **_WORST, "shuffled": True},
-}
 _SHORT = MAIN | {"steps": 10}  # the grid on which the ways are compared
 _TRUSTED = (MAIN, *(_SHORT | way for way in WAYS.values()), MAIN | {"steps": 3}, MAIN | {"steps": 5})
 _QUARTER = (_SHORT | {"strength": [0.75, 0.75]},  # and a quarter by the others

@@ -322,7 +322,7 @@ def gain(
             "times fewer operations": sampling_flops(other[0], options[1]) / sampling_flops(own[0], options[0]),
             "goal": False if False in decided else None if None in decided else True}
 
-
+# %% ../nbs/04_latent_diffusion.ipynb #7e0aa001
 def _far(kind: str, values: dict[int, float]) -> dict[int, float]:
     "How far from real images, by seed; of a power that is 1 for them, the factor that it is off."
     off = lambda v: max(v, 1 / max(v, 1e-6))

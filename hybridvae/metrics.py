@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTURE_LEVELS', 'LUMINANCE_CHROMA', 'ROUNDING', 'BOOTSTRAP_FEATURES', 'INCEPTION_FILE', 'INCEPTION_SHA256',
            'INCEPTION_NAMES', 'NEIGHBOUR_IMAGES', 'EQUAL_NUMBERS', 'WITHOUT_NETWORK', 'ALONE', 'DISTANCES',
-           'DEGRADATIONS', 'SMOOTHINGS', 'high_frequency_power', 'power_spectrum', 'texture', 'ImageStatistics',
+           'DEGRADATIONS', 'TEXTURE_OF_SHAPES', 'high_frequency_power', 'power_spectrum', 'texture', 'ImageStatistics',
            'describe', 'extract', 'frechet_distance', 'texture_distance', 'in_deviations', 'frechet_deviation',
            'kernel_distance', 'inception_score', 'confidence', 'precision_recall', 'density_coverage', 'diversity',
            'InceptionNetwork', 'load_inception', 'metric_name', 'measure', 'compare', 'degraded', 'distance_scale',
@@ -222,7 +222,8 @@ BOOTSTRAP_FEATURES = 512  # the longest features whose distances are computed ag
 def frechet_deviation(features: torch.Tensor, reference: torch.Tensor, draws: int = 50, seed: int = 0) -> float | None:
     """Standard deviation of the Fréchet distance over bootstrap draws of the features (N, F): Efron 1979; float64.
 
-    The reference (M, F) stays as it is. None for more than `BOOTSTRAP_FEATURES` features, where a draw takes seconds.
+    The reference (M, F) stays as it is, so that the root of its covariance is computed once and each draw takes
+    milliseconds. None for more than `BOOTSTRAP_FEATURES` features, where a draw takes seconds.
     """
     if features.shape[1] > BOOTSTRAP_FEATURES:
         return None
@@ -528,44 +529,43 @@ def _blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
 
 def _smooth(images: torch.Tensor, contrast: float) -> torch.Tensor:
     "Bilateral filter (Tomasi & Manduchi 1998): means of neighbours within 2 pixels that are alike; edges stay."
-    x = images.float()
-    padded, total, weights = nn.functional.pad(x, (2, 2, 2, 2), mode="reflect"), 0.0, 0.0
-    for row, column in itertools.product(range(5), repeat=2):
-        near = padded[:, :, row:row + x.shape[2], column:column + x.shape[3]]
-        far, other = (row - 2)**2 + (column - 2)**2, (near - x).square().sum(dim=1, keepdim=True)
-        weight = torch.exp(-far / (2 * 1.5**2) - other / (2 * contrast**2))
-        total, weights = total + weight * near, weights + weight
-    return (total / weights).round().to(torch.uint8)
+    from kornia.filters import bilateral_blur
+
+    smooth = bilateral_blur(images.float(), 5, contrast, (1.5, 1.5), color_distance_type="l2")
+    return smooth.round().clamp(0, 255).to(torch.uint8)
+
+
+def _picked(data: ImageData, indices: np.ndarray, size: int = 200) -> Iterator[torch.Tensor]:
+    "Batches, uint8 (B, 3, H, W), of the images with these numbers."
+    for start in range(0, len(indices), size):
+        yield torch.from_numpy(np.ascontiguousarray(data.images[indices[start:start + size]])).permute(0, 3, 1, 2)
 
 # %% ../nbs/00h_metrics.ipynb #7e0a4001
 DEGRADATIONS: dict[str, Callable] = {
+    "half the texture": lambda x: _smooth(x, 30), "no texture": lambda x: _smooth(x, 60),  # of 255
     "JPEG 90": lambda x: _jpeg(x, 90), "JPEG 75": lambda x: _jpeg(x, 75),
     "noise, 5 of 255": lambda x: _noise(x, 5), "noise, 20 of 255": lambda x: _noise(x, 20),
     "blur, 0.5 pixels": lambda x: _blur(x, 0.5), "blur, 1 pixel": lambda x: _blur(x, 1.0),
 }
-SMOOTHINGS = {"half the texture": 30, "no texture": 60}  # on photographs: contrast up to which neighbours are alike, of 255
+TEXTURE_OF_SHAPES = {"half the texture": 0.5, "no texture": 0.0}  # strength of the grain, see `draw_shapes`
 
 
-def degraded(data: ImageData, name: str, indices: np.ndarray, size: int = 200) -> Iterator[torch.Tensor]:
-    """Batches, uint8 (B, 3, H, W), of the images with these numbers, damaged in one of the ways of `degradations`.
+def degraded(data: ImageData, name: str, indices: np.ndarray) -> Iterator[torch.Tensor]:
+    """Batches, uint8 (B, 3, H, W), of the images with these numbers, damaged in the way of this name in `DEGRADATIONS`.
 
     "No texture" is exact for Shapes, which are drawn again without their grain; photographs are smoothed by a bilateral
     filter, which keeps edges.
     """
-    for start in range(0, len(indices), size):
-        part = indices[start:start + size]
-        if name in SMOOTHINGS and data.name == "shapes":
-            strength = {"half the texture": 0.5, "no texture": 0.0}[name]
-            yield torch.from_numpy(draw_shapes(data.labels[part], data.image_size, strength)).permute(0, 3, 1, 2)
-        else:
-            damage = DEGRADATIONS.get(name) or (lambda x: _smooth(x, SMOOTHINGS[name]))
-            yield damage(torch.from_numpy(np.ascontiguousarray(data.images[part])).permute(0, 3, 1, 2))
+    if data.name == "shapes" and name in TEXTURE_OF_SHAPES:
+        drawn = draw_shapes(data.labels[indices], data.image_size, TEXTURE_OF_SHAPES[name])
+        return iter(torch.from_numpy(drawn).permute(0, 3, 1, 2).split(200))
+    return map(DEGRADATIONS[name], _picked(data, indices))
 
 # %% ../nbs/00h_metrics.ipynb #7e0a4002
 def distance_scale(network: nn.Module, train: ImageData, test: ImageData, n: int = 2_000) -> dict[str, dict[str, float]]:
     "What n damaged training images measure against the held-out set, by kind of damage: FD, texture distance, power."
     first, reference, scale = np.arange(min(n, len(train))), describe(network, test), {}
-    for name in (*SMOOTHINGS, *DEGRADATIONS):
+    for name in DEGRADATIONS:
         found = describe(network, degraded(train, name, first))
         scale[name] = {metric_name("FD", network): frechet_distance(found.features, reference.features),
                        "texture distance": texture_distance(found.texture, reference.texture),
@@ -573,12 +573,6 @@ def distance_scale(network: nn.Module, train: ImageData, test: ImageData, n: int
     return scale
 
 # %% ../nbs/00h_metrics.ipynb #7e0a4003
-def _picked(data: ImageData, indices: np.ndarray, size: int = 200) -> Iterator[torch.Tensor]:
-    "Batches, uint8 (B, 3, H, W), of the images with these numbers."
-    for start in range(0, len(indices), size):
-        yield torch.from_numpy(np.ascontiguousarray(data.images[indices[start:start + size]])).permute(0, 3, 1, 2)
-
-
 def distance_floors(
     network: nn.Module,  # feature network
     train: ImageData,  # training images
@@ -624,7 +618,7 @@ class Paired:
         return (f"{self.difference:+.2f} [{self.low:+.2f}, {self.high:+.2f}], p = {self.p:.2g}, {self.n} seeds: "
                 f"{self.verdict}")
 
-
+# %% ../nbs/00h_metrics.ipynb #7e0a5012
 def paired(
     a: dict[int, float],  # seed: value
     b: dict[int, float],  # the same of the other; seeds that only one of them has do not count
@@ -682,7 +676,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor) -> torch.Te
     arc = (((1 - t) * omega).sin() * a + (t * omega).sin() * b) / sine.clamp(min=1e-3)
     return torch.where(sine < 1e-3, (1 - t) * a + t * b, arc)
 
-
+# %% ../nbs/00h_metrics.ipynb #7e0a6001
 @torch.no_grad()
 def path_length(
     function: Callable[[torch.Tensor], torch.Tensor],  # codes (B, D) -> images (B, 3, H, W) in [-1, 1]

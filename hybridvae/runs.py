@@ -105,7 +105,7 @@ def _check_evaluation(experiment: str, evaluation: dict) -> None:
         if option not in evaluation:
             raise HybridVAEError(f"an evaluation of {experiment} does not say {option!r}: give it.")
 
-
+# %% ../nbs/00i_runs.ipynb #7e0a8001
 def _lacking(entry: Entry, record: dict) -> list[str]:
     "Evaluations and studies of an entry that a record of its config lacks, in words."
     done = [_asked(e) for e in record["evaluations"]]
@@ -180,13 +180,18 @@ def evaluate(
     told = {k: v for option in asked.values() if hasattr(option, "report") for k, v in option.report().items()}
     metrics = [compare(*part) for part in zip(seen, references, networks)]
     if features and seen:
-        with atomic_path(features) as tmp:
-            half = {network.name: each.features.half().numpy() for network, each in zip(networks, seen)}
-            np.savez(tmp, texture=seen[0].texture.half().numpy(), **half)
+        _keep_features(features, networks, seen)
     return {**evaluation, "nfe": 0 if evaluation["sampler"] is None else model.nfe(**asked),
             "seconds_per_image": sum(timed) / len(timed) / batch, "batch": batch, "drawn": "by image",
             "precision": choose_precision(model.device, precision), **({"peak_memory_bytes": peak_memory(model.device)} if cuda else {}), **told,
             "metrics": {k: v for m in metrics for k, v in m.items()}}
+
+# %% ../nbs/00i_runs.ipynb #7e0a8004
+def _keep_features(path: Path, networks: list[torch.nn.Module], seen: list[ImageStatistics]) -> None:
+    "What the metrics saw of each image, in half precision: a new statistic then needs no new samples."
+    half = {network.name: each.features.half().numpy() for network, each in zip(networks, seen)}
+    with atomic_path(path) as tmp:
+        np.savez(tmp, texture=seen[0].texture.half().numpy(), **half)
 
 # %% ../nbs/00i_runs.ipynb #cell-011
 @dataclasses.dataclass
@@ -596,7 +601,7 @@ def values_of(
         found |= {record["seed"]: value for value in list(fits)[:1]}
     return found
 
-
+# %% ../nbs/00i_runs.ipynb #7e0a8002
 def answers_of(records: list[dict], experiment: str, study: str) -> dict[int, dict]:
     "What a study found, by seed."
     return {r["seed"]: r[study] for r in records if r["experiment"] == experiment and study in r}
@@ -626,7 +631,7 @@ def results_table(records: list[dict], kinds: tuple = TABLE_KINDS):
     """A pandas table of the main evaluation, one row for each experiment: metrics by kind, time, steps, n and number of seeds.
 
     Several seeds: mean ± standard deviation. One seed: the value, distances with the bootstrap's deviation over images. The
-    last row is the floor of real images. The time is that of `time_of`, empty where it was not measured. Raises
+    last rows are the floors of real images, one for each n. The time is that of `time_of`, empty where it was not measured. Raises
     `HybridVAEError` where two records of an experiment were measured by different networks.
     """
     import pandas as pd
@@ -644,12 +649,16 @@ def results_table(records: list[dict], kinds: tuple = TABLE_KINDS):
         rows[experiment] = {name: _in_table(metrics) for name, metrics in named.items()} | {
             "ms per image": "" if taken is None else f"{1000 * taken:,.2f}", "NFE": own[0]["nfe"],
             "n": f"{own[0]['n']:,}", "seeds": len(own)}
-    floor = floor_of(dataset, own[0]["n"]) if rows else None
-    rows |= {"floor: real images": {name: f"{value:,.2f}" for name, value in floor.items() if name in rows[experiment]}
-             | {"n": rows[experiment]["n"]}} if floor else {}
+    columns = {name for row in rows.values() for name in row}
+    counts = dict.fromkeys(row["n"] for row in rows.values())
+    for n in counts:  # a distance needs the floor of its n
+        floor = floor_of(dataset, int(n.replace(",", ""))) or {}
+        found = {name: f"{value:,.2f}" for name, value in floor.items() if name in columns}
+        name = "floor: real images" + (f", n = {n}" if len(counts) > 1 else "")
+        rows |= {name: found | {"n": n}} if found else {}
     return pd.DataFrame(rows).T.fillna("")
 
-
+# %% ../nbs/00i_runs.ipynb #7e0a8003
 def _is_kind(name: str, kind: str) -> bool:
     return name == kind or name.startswith(f"{kind} (") and " to " not in name
 

@@ -693,6 +693,10 @@ def test_the_floor_is_that_of_the_same_n(monkeypatch):
     assert runs.floor_of("shapes", 200) is None is runs.floor_of("cifar10", 100)
     table = results_table([a_record()])
     assert table.loc["floor: real images", "FD (shapes)"] == "0.50" and "texture distance" not in table
+    other = a_record("b")
+    other["evaluations"][0]["n"] = 200  # nobody measured the floor of this n
+    table = results_table([a_record(), other])
+    assert [row for row in table.index if "floor" in row] == ["floor: real images, n = 100"]
 
 
 def test_one_seed_is_shown_with_the_deviation_over_its_images(monkeypatch):
