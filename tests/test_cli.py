@@ -32,7 +32,7 @@ from hybridvae.priors import GaussianMixture, fit_mixture
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
 
-TINY_VAE = {"image_size": 32, "z_dim": 4, "width": 8, "multipliers": [1, 2], "patch": 4}
+TINY_VAE = {"image_size": 32, "z_dim": 4, "width": 8, "multipliers": [1, 2], "patch": 4, "sigma": 0.1}
 TINY_UNET = {"image_size": 32, "width": 16, "multipliers": [1], "attention": [], "patch": 4}
 TINY_TRAIN = {"kimg": 0.128, "batch_size": 32, "lr": 1e-3}
 COMMANDS = typer.main.get_command(app).commands
