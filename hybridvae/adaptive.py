@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNCERTAINTIES', 'WAYS', 'CHOSEN_ON', 'UncertaintyHead', 'uncertainty', 'Adaptation', 'AdaptiveDiffuseVAE',
-           'ConditionFlow', 'rank_uncertainties', 'unchosen', 'compare_priors', 'compare_ways', 'bear_noise',
-           'throw_away']
+           'ConditionFlow', 'uncertainty_study', 'unchosen', 'priors_study', 'adaptive_study', 'noise_study',
+           'truncation_study']
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-002
 import contextlib
@@ -317,8 +317,8 @@ def _glow_transform(channels: int, layers: int, hidden: int, bound: float, conte
     return transforms.CompositeTransform([*parts, transforms.InverseTransform(transforms.SqueezeTransform())])
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-028
-@study("uncertainty")
-def rank_uncertainties(model, m: Material) -> dict:
+@study
+def uncertainty_study(model, m: Material) -> dict:
     """Does an uncertainty know the error of x̂ on held-out images?
 
     Spearman's rank correlation with the squared error, and with that of 8 x 8 averages, where no texture is left
@@ -381,8 +381,8 @@ def unchosen(values: dict, asked: dict) -> dict:
     return {seed: value for seed, value in values.items() if not chosen or seed != CHOSEN_ON}
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-037
-@study("priors")
-def compare_priors(model, m: Material) -> dict:
+@study
+def priors_study(model, m: Material) -> dict:
     """The VAE's own prior, and those fitted to its codes.
 
     KL and ELBO on held-out images (nats per image), a classifier two-sample test of its draws against held-out codes,
@@ -413,8 +413,8 @@ def compare_priors(model, m: Material) -> dict:
     return found
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #44e49fd0
-@study("adaptive")
-def compare_ways(model, m: Material) -> dict:
+@study
+def adaptive_study(model, m: Material) -> dict:
     """The same coarse images, from the VAE's own prior, refined in each of `WAYS`.
 
     Precision in each quarter of the uncertainty "cycle", and of each other uncertainty at full strength; how far three
@@ -452,8 +452,8 @@ def compare_ways(model, m: Material) -> dict:
     return found
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-038
-@study("noise")
-def bear_noise(model, m: Material) -> dict:
+@study
+def noise_study(model, m: Material) -> dict:
     """Distance over noise on x̂ (range [-1, 1]) or on z (of order 1), the refiner's own noise the same.
 
     "trusted": full strength, as if there were no noise; "told": the level of the noise on x̂ is told; "doubted": no
@@ -476,8 +476,8 @@ def bear_noise(model, m: Material) -> dict:
     return found
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-039
-@study("truncation")
-def throw_away(model, m: Material) -> dict:
+@study
+def truncation_study(model, m: Material) -> dict:
     """What if uncertain coarse images are thrown away and drawn again?
 
     Distance, precision and recall of refinements of the most certain share by "cycle", at full conditioning strength;

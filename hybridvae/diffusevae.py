@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROBUSTNESS_LEVELS', 'PATH_PAIRS', 'DiffuseVAE', 'attribute_direction', 'convert_form', 'feature_agreement',
-           'condition_agreement', 'prior_gap', 'robustness', 'code_path_length', 'readout', 'likelihood']
+           'condition_agreement', 'condition_agreement_study', 'prior_gap_study', 'robustness_study',
+           'path_length_study', 'readout_study', 'likelihood_study']
 
 # %% ../nbs/01_diffusevae.ipynb #cell-002
 import copy
@@ -248,14 +249,14 @@ def condition_agreement(x_hat: torch.Tensor, refined: torch.Tensor, features: Fe
     return {"n": len(x_hat), **agree(coarse), "shuffled": agree(shuffled)}
 
 # %% ../nbs/01_diffusevae.ipynb #cell-047
-@study("condition_agreement")
-def _condition_agreement(model, m: Material) -> dict:
+@study
+def condition_agreement_study(model, m: Material) -> dict:
     pairs = [model.sample_pairs(k, generator=drawn, steps=m.steps) for k, drawn in m.parts()]
     return condition_agreement(*(torch.cat(part) for part in zip(*pairs)), m.features)
 
 # %% ../nbs/01_diffusevae.ipynb #701693e4
-@study("prior_gap")
-def prior_gap(model, m: Material) -> dict:
+@study
+def prior_gap_study(model, m: Material) -> dict:
     """Distance to the held-out images of x̂ and of its refinement, with codes of real images, from N(0, I) and ex-PDE.
 
     How good is the refinement where the plan is good, and what does the prior cost?
@@ -283,8 +284,8 @@ def prior_gap(model, m: Material) -> dict:
 ROBUSTNESS_LEVELS = (0.0, 0.1, 0.2, 0.4, 0.8)  # standard deviation of the noise
 
 # %% ../nbs/01_diffusevae.ipynb #b877df24
-@study("robustness")
-def robustness(model, m: Material) -> dict:
+@study
+def robustness_study(model, m: Material) -> dict:
     "Distance to the held-out images as a function of noise added to x̂ (range [-1, 1]) and to z (of order 1)."
     found = {"n": m.n, "levels": list(ROBUSTNESS_LEVELS), "noise on x̂": [], "noise on z": []}
     for where in ("x̂", "z"):
@@ -304,8 +305,8 @@ def robustness(model, m: Material) -> dict:
 PATH_PAIRS = 5  # for each image of a study: 250 pairs gave lengths that differed by up to 39 % between seeds
 
 
-@study("path_length")
-def code_path_length(model, m: Material) -> dict:
+@study
+def path_length_study(model, m: Material) -> dict:
     """Perceptual path length of x̂ (Karras et al. 2019), over so many pairs of codes that chance is small.
 
     Not of the refinement, where as many pairs take hours.
@@ -315,16 +316,16 @@ def code_path_length(model, m: Material) -> dict:
     return {"n": n, "x̂": path_length(lambda z: vae.decode(z.to(vae.device)), a, b, m.features, batch_size=m.batch)}
 
 
-@study("readout")
-def readout(model, m: Material) -> dict:
+@study
+def readout_study(model, m: Material) -> dict:
     "How well Shapes' factors can be read linearly off the mean code."
     vae = getattr(model, "vae", model)
     part = lambda data: (torch.cat([vae.encode(x.to(vae.device))[0] for x in data.float().split(500)]).cpu(), data.labels)
     return linear_readout(*part(m.train.first(min(4_000, len(m.train)))), *part(m.test.first(min(2_000, len(m.test)))))
 
 # %% ../nbs/01_diffusevae.ipynb #04fef96e
-@study("likelihood")
-def likelihood(model, m: Material) -> dict:
+@study
+def likelihood_study(model, m: Material) -> dict:
     """Bits per dimension of the first n held-out images: an upper bound, its standard error over images, its parts.
 
     With the model's `own` p(z), and a mixture fitted to codes of training images; a VAE also with a RealNVP, slow to fit.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['YARDSTICKS', 'TIMES_LESS', 'TIMES_AS_FAR', 'ResidualMLP', 'DiffusionPrior', 'LatentDiffusion', 'LatentDiffuseVAE',
-           'reconstruction_ceiling', 'compare_code_priors', 'sampling_flops', 'gain']
+           'ceiling_study', 'code_fit_study', 'sampling_flops', 'gain']
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-002
 import functools
@@ -216,8 +216,8 @@ class LatentDiffuseVAE(DiffuseVAE):
         return [self.latent.denoiser, *super().networks()]
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-043
-@study("ceiling")
-def reconstruction_ceiling(model, m: Material) -> dict:
+@study
+def ceiling_study(model, m: Material) -> dict:
     """What no model of these codes can pass: metrics against the held-out images of the first n training images themselves, of what the VAE makes of
     them from the mean and from a drawn code, and, where there is a refiner, of its refinement of the latter."""
     vae, draws = getattr(model, "vae", model), Draws(m.seed, 0, device=model.device)
@@ -237,8 +237,8 @@ def reconstruction_ceiling(model, m: Material) -> dict:
     return {"n": len(seen["images"]), **{name: measure(part, m.heldout) for name, part in seen.items()}}
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-044
-@study("code_fit")
-def compare_code_priors(model, m: Material) -> dict:
+@study
+def code_fit_study(model, m: Material) -> dict:
     """Is the diffusion of codes the better prior? For it, N(0, I), and (vectors of up to 256) the mixture and the RealNVP fitted afterwards: how often a classifier
     tells draws from codes of held-out images, and the distance of n decoded draws."""
     vae, heldout, found = model.vae, model.vae.codes(m.test, min(2_000, len(m.test)), m.seed + 1), {"n": m.n}

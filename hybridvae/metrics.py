@@ -18,7 +18,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import os
 import statistics

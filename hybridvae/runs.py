@@ -217,12 +217,10 @@ class Material:
 STUDIES: dict[str, Callable] = {}
 
 
-def study(name: str) -> Callable:
-    "Decorator: register a function (model, material) -> JSON-able answer, called without gradients."
-    def register(function: Callable) -> Callable:
-        STUDIES[name] = torch.no_grad()(function)
-        return function
-    return register
+def study(function: Callable) -> Callable:
+    "Decorator: register NAME_study(model, material) -> JSON-able answer as NAME, called without gradients."
+    STUDIES[function.__name__.removesuffix("_study")] = torch.no_grad()(function)
+    return function
 
 # %% ../nbs/00i_runs.ipynb #cell-013
 def find_entry(entries: list[Entry], experiment: str, seed: int = 0, dataset: str | None = None) -> Entry:

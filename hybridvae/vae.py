@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .core import Draws, Model, Source, to_float, weights_hash
-from .priors import FlowPrior, Prior, StandardNormal, VampPrior, build_prior, fit_by_name, kl_monte_carlo
+from .priors import FlowPrior, Prior, StandardNormal, build_prior, fit_by_name, kl_monte_carlo
 
 # %% ../nbs/00d_vae.ipynb #cell-006
 def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:

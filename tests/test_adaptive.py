@@ -20,7 +20,6 @@ from hybridvae.metrics import describe, paired
 from hybridvae.priors import fit_mixture
 from hybridvae.runs import STUDIES, Material
 from hybridvae.training import TrainConfig, train
-from hybridvae.vae import VAE
 from scipy.stats import kstest, percentileofscore
 from torch.distributions import Normal
 

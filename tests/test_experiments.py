@@ -1,8 +1,6 @@
 """The tables of experiments: what a row means, that its name is found, the order, and that records still belong to it."""
 import collections
 import copy
-import dataclasses
-import re
 from pathlib import Path
 
 import pytest

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import complains, randomised
+from conftest import randomised
 from hybridvae.core import Draws, build_model, image_draws, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE

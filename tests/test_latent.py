@@ -23,7 +23,6 @@ from hybridvae.metrics import describe, frechet_distance, paired, paired_family
 from hybridvae.priors import StandardNormal
 from hybridvae.runs import STUDIES, Entry, Material, run_entry
 from hybridvae.training import TrainConfig, train
-from hybridvae.vae import VAE
 
 VECTOR = dict(image_size=16, z_dim=4, width=8, multipliers=(1, 2))
 PLACES = dict(image_size=16, z_channels=2, width=8, multipliers=(1, 2), patch=2)  # 2 x 4 x 4
