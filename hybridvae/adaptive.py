@@ -205,15 +205,15 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         if adaptation is not None:
             strength, taken = adaptation(x_hat, z, steps, generator)
         x_cond, code, told, _ = self.conditions(x_hat, z, strength, own)
-        found, sizes = torch.empty_like(x_hat), taken.unique().tolist()
+        grid, found, sizes = self.diffusion.timestep_grid(steps), torch.empty_like(x_hat), taken.unique().tolist()
         with eager() if len(sizes) > 1 else contextlib.nullcontext():  # groups of any size are not worth compiling
             for k in sizes:  # what takes equally many steps goes together
                 these = (taken == k).nonzero()[:, 0].to(x_hat.device)
-                y, t = noise[these], torch.full((len(these),), self.diffusion.start_of(steps, k), device=x_hat.device)
+                y, t = noise[these], torch.full((len(these),), grid[-1 - k], device=x_hat.device)
                 y = y if k == steps else self.diffusion.q_sample(x_hat[these], t, y)
                 own = generator.part(these.tolist()) if isinstance(generator, Draws) else generator
-                found[these] = self.diffusion.sample(self.denoiser(x_cond[these], code[these], told[these]), y, sampler, steps,
-                                                     self.shift(x_cond[these]), own, taken=k, **options)
+                found[these] = self.diffusion.sample(self.denoiser(x_cond[these], code[these], told[these]), y, sampler, grid[-1 - k:],
+                                                     self.shift(x_cond[these]), own, **options)
         return found.clamp(-1, 1)
 
     def likelihood_bound(self, x: torch.Tensor, draws: Draws, priors: tuple = (None,),

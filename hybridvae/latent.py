@@ -201,7 +201,7 @@ class LatentDiffuseVAE(DiffuseVAE):
         noise = randn(x_hat.shape, generator).to(x_hat.device) if noise is None else noise
         if start < 1:
             noise = self.diffusion.q_sample(x_hat, torch.full((len(x_hat),), first, device=x_hat.device), noise)
-        return super().refine(x_hat, z, steps=steps, start=start, noise=noise, generator=generator, **options)
+        return super().refine(x_hat, z, steps=self.diffusion.timestep_grid(steps, start), noise=noise, generator=generator, **options)
 
     @torch.no_grad()
     def sample_pairs(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, refine_steps: int = 4,

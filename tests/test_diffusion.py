@@ -1,5 +1,6 @@
 """Schedules, forward process, losses, posteriors and samplers against diffusers and brute force, in float64."""
 import contextlib
+import re
 from unittest import mock
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from conftest import generator
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hybridvae.core import image_draws
-from hybridvae.diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS, GaussianDiffusion
+from hybridvae.diffusion import (
+    PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS, ForwardProcess, GaussianDiffusion, trailing_timesteps)
 from hybridvae.vae import discretised_log_prob
 from torch.distributions import Normal, kl_divergence
 
@@ -117,7 +119,7 @@ def test_q_sample_jumps_where_the_chain_walks(schedule, shifted):
 
 
 def test_q_sample_takes_each_images_own_timestep():
-    diffusion, x0, eps = GaussianDiffusion(), normal(0), normal(1)
+    diffusion, x0, eps = ForwardProcess(), normal(0), normal(1)
     together = diffusion.q_sample(x0, torch.tensor([3, 500, 999]), eps)
     apart = [diffusion.q_sample(x0[i:i + 1], torch.tensor([t]), eps[i:i + 1]) for i, t in enumerate((3, 500, 999))]
     torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=0)
@@ -175,10 +177,12 @@ def test_targets_are_those_of_diffusers(schedule):
 
 def weight_of_x0(diffusion, weighting, gamma=5.0):
     snr = torch.tensor(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod))
-    steps = [diffusion.posterior(torch.ones(()), torch.zeros(()), t) for t in range(diffusion.timesteps)]  # c₁ and the variance
-    kl = torch.tensor([c1.item() ** 2 / (2 * (variance or 1 - diffusion.alpha_bar(t))) for t, (c1, variance) in enumerate(steps)])
+    kl = []
+    for t in range(diffusion.timesteps):
+        c1, variance = diffusion.posterior(torch.ones(()), torch.zeros(()), t)
+        kl.append(c1.item() ** 2 / (2 * (variance or 1 - diffusion.alpha_bar(t))))
     return {"simple": snr, "min_snr": snr.clamp(max=gamma), "uniform": torch.ones_like(snr), "v": snr + 1,
-            "bound": diffusion.timesteps * kl}[weighting]
+            "bound": diffusion.timesteps * torch.tensor(kl)}[weighting]
 
 
 def claim(diffusion, x0, y, t):
@@ -328,8 +332,10 @@ def test_the_generator_decides_the_noise_that_is_added(sampler):
 # --- form 2 ---------------------------------------------------------------------------------------------------------
 
 FORM_2 = {  # our sampler, its options; theirs, its options, and those of its steps
-    "ancestral, small variance": ("ancestral", dict(variance="small"), DDPMScheduler, dict(variance_type="fixed_small"), {}),
-    "ancestral, large variance": ("ancestral", dict(variance="large"), DDPMScheduler, dict(variance_type="fixed_large"), {}),
+    "ancestral, small variance": (
+        "ancestral", dict(variance="small"), DDPMScheduler, dict(variance_type="fixed_small"), {}),
+    "ancestral, large variance": (
+        "ancestral", dict(variance="large"), DDPMScheduler, dict(variance_type="fixed_large"), {}),
     "DDIM": ("ddim", {}, DDIMScheduler, {}, dict(use_clipped_model_output=True)),
     "DDIM, noisy": ("ddim", dict(eta=0.7), DDIMScheduler, {}, dict(eta=0.7, use_clipped_model_output=True)),
     "DPM-Solver++": ("dpmpp", {}, DPMSolverMultistepScheduler, dict(
@@ -411,31 +417,43 @@ def test_the_last_steps_go_on_where_the_first_ones_end(sampler, shifted):
     "One-step samplers have no memory: ten steps are the first four and, from what these leave, the last six."
     diffusion = GaussianDiffusion()
     noise, shift = torch.randn(2, 2, 3, 4, 4, generator=generator(), dtype=torch.float64).unbind(0)
-    shift, asked, kept = shift if shifted else None, [], {}
+    shift, visited, states = shift if shifted else None, [], {}
 
     def network(x_t, t):
-        asked.append(t[0].item())
+        visited.append(t[0].item())
         y = x_t if shift is None else x_t - shift
-        kept[t[0].item()] = y.clone()
+        states[t[0].item()] = y.clone()
         return 0.3 * x_t.sin()
     whole = diffusion.sample(network, noise, sampler, 10, shift, generator(1))
-    begin, random = diffusion.start_of(10, 6), generator(1)
+    last, random = diffusion.timestep_grid(10)[4:], generator(1)
     for _ in range(4 if sampler == "ancestral" else 0):
         torch.randn(noise.shape, generator=random, dtype=noise.dtype)  # what the first four have drawn
-    first, asked[:] = list(asked), []
-    part = diffusion.sample(network, kept[begin], sampler, 10, shift, random, taken=6)
-    assert asked == first[4:] and asked[0] == begin
+    first, visited[:] = list(visited), []
+    part = diffusion.sample(network, states[last[0]], sampler, last, shift, random)
+    assert visited == first[4:] and [*visited, -1] == last
     torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_all_steps_are_taken_unless_said_otherwise_and_no_others_can_be():
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_number_of_steps_is_the_list_of_their_timesteps(sampler):
     diffusion, noise = GaussianDiffusion(), torch.randn(1, 3, 4, 4, generator=generator())
-    network = lambda x_t, t: 0.3 * x_t
-    assert torch.equal(diffusion.sample(network, noise, steps=5, taken=5), diffusion.sample(network, noise, steps=5))
-    assert diffusion.start_of(5) == diffusion.timestep_grid(5)[0] == 999 and diffusion.start_of(5, 1) == diffusion.timestep_grid(5)[-2]
-    for taken in (0, 6, -1):
-        with pytest.raises(ValueError, match=f"taken is {taken}: choose from 1 to 5"):
-            diffusion.sample(network, noise, steps=5, taken=taken)
+    draw = lambda steps: diffusion.sample(lambda x_t, t: 0.3 * x_t, noise, sampler, steps, generator=generator(1))
+    assert torch.equal(draw(5), draw(diffusion.timestep_grid(5))) and torch.equal(draw(5), draw(np.int64(5)))
+    assert torch.equal(draw([999, 499, -1]), draw((999, 499, -1))) and not torch.equal(draw(5), draw([999, 499, -1]))
+
+
+@pytest.mark.parametrize("steps", [[], [-1], [999, 499], [1000, 499, -1], [499, 999, -1], [499, 499, -1], [5, -1, -2]])
+def test_timesteps_that_do_not_fall_to_the_image_are_refused(steps):
+    with pytest.raises(ValueError, match=f"steps is {re.escape(str(steps))}: give timesteps that fall from at most"):
+        GaussianDiffusion().sample(network, normal(), steps=steps)
+
+
+def test_a_grid_from_the_middle_is_evenly_spaced_and_has_so_many_steps():
+    diffusion = GaussianDiffusion()
+    assert diffusion.timestep_grid(4, start=0.4) == trailing_timesteps(1000, 4, 0.4) == [399, 299, 199, 99, -1]
+    for start, words in ((0, "start is 0"), (1.2, "start is 1.2"), (0.001, "steps is 4: choose from 1 to 1")):
+        with pytest.raises(ValueError, match=words):
+            diffusion.timestep_grid(4, start)
 
 
 # --- likelihood -----------------------------------------------------------------------------------------------------
@@ -473,13 +491,12 @@ def test_the_bound_is_the_sum_of_the_kls_between_the_steps_of_diffusers(schedule
             y = theirs.add_noise(x0, eps, times)
             output = network(y + shift, times)
             right = {"eps": eps, "x0": x0, "v": theirs.get_velocity(x0, eps, times)}[prediction]
-            step = lambda out: theirs.step(out, t, y, generator=generator(5))  # the same noise added
-            guess, truth = step(output), step(right)
+            guess, truth = (theirs.step(out, t, y, generator=generator(5)) for out in (output, right))  # the same noise
             if t == 0:
                 decoder = -discretised_log_prob(x0, guess.pred_original_sample, ours.betas[0] ** 0.5)
             else:
-                scale = lambda kind: float(theirs._get_variance(t, variance_type=f"fixed_{kind}")) ** 0.5
-                q_scale, p_scale = scale("small"), scale(variance)
+                q_scale, p_scale = (float(theirs._get_variance(t, variance_type=f"fixed_{kind}")) ** 0.5
+                                    for kind in ("small", variance))
                 kl = kl_divergence(Normal(truth.prev_sample, q_scale), Normal(guess.prev_sample, p_scale))
                 want["diffusion"] = want["diffusion"] + kl.flatten(1).sum(dim=1)
         end = theirs.alphas_cumprod[-1]
@@ -540,7 +557,7 @@ def test_with_more_steps_the_ideal_networks_bound_comes_down_to_the_entropy_of_w
         diffusion = GaussianDiffusion(timesteps=T, prediction="x0")
         abar = torch.tensor(diffusion.alphas_cumprod)
 
-        def ideal(y, t):
+        def ideal(y, t, abar=abar):
             a = abar[t][:, None]
             posterior = (p.log() - (y.flatten(1) - a.sqrt() * levels).square() / (2 * (1 - a))).softmax(dim=1)
             return (posterior @ levels)[:, None, None, None]
@@ -554,9 +571,11 @@ def test_the_same_function_has_the_same_bound_whatever_it_predicts(shifted):
     x0, shift, found = pixels(), normal(2) if shifted else None, []
     for prediction in PREDICTIONS:
         diffusion = GaussianDiffusion("linear", prediction=prediction)
-        guess = lambda x_t, t: torch.tanh(x_t - (shift if shifted else 0)).flip(-1)
-        said = lambda x_t, t: claim(diffusion, guess(x_t, t), x_t - (shift if shifted else 0), t)
-        found.append(diffusion.likelihood_bound(said, x0, image_draws(0, 0, len(x0)), shift=shift))
+
+        def output(x_t, t, diffusion=diffusion):
+            y = x_t - (shift if shifted else 0)
+            return claim(diffusion, torch.tanh(y).flip(-1), y, t)
+        found.append(diffusion.likelihood_bound(output, x0, image_draws(0, 0, len(x0)), shift=shift))
     for other in found[1:]:
         for name, value in other.items():
             torch.testing.assert_close(value, found[0][name], rtol=1e-4, atol=0)
