@@ -43,18 +43,25 @@ MODELS = {
     "hybrid of both": lambda: LatentDiffuseVAE(VAE_CONFIG, UNET, denoiser=DENOISER),
 }
 HALF = {"uncertainty": "prior", "start": [0.3, 1.0]}
-ASKED = [("vae", {}), *[("vae", {"prior": name}) for name in FITTED], ("vae with a flow", {}), ("vae with a mixture", {}), ("ddpm", {}),
-         ("ddpm", {"sampler": "ancestral"}), ("ddpm", {"sampler": "ddim", "eta": 1.0}), ("form 1", {}), ("form 1", {"guidance_weight": 2.0}),
-         ("form 2 + z", {"sampler": "ancestral"}), ("adaptive", {}), ("adaptive", {"sampler": "ancestral", **HALF}),
-         ("adaptive", {"strength": [0.0, 1.0], **HALF, "shuffled": True}), ("latent", {}), ("latent", {"sampler": "ancestral"}),
-         ("hybrid of both", {"refine_steps": 2})]
+ANCESTRAL = {"sampler": "ancestral"}
+OPTIONS = [
+    ("vae", {}), *[("vae", {"prior": name}) for name in FITTED], ("vae with a flow", {}), ("vae with a mixture", {}),
+    ("ddpm", {}), ("ddpm", ANCESTRAL), ("ddpm", {"sampler": "ddim", "eta": 1.0}), ("form 1", {}),
+    ("form 1", {"guidance_weight": 2.0}), ("form 2 + z", ANCESTRAL), ("adaptive", {}), ("adaptive", ANCESTRAL | HALF),
+    ("adaptive", {"strength": [0.0, 1.0], **HALF, "shuffled": True}), ("latent", {}), ("latent", ANCESTRAL),
+    ("hybrid of both", {"refine_steps": 2})]
 
 
-@pytest.mark.parametrize("name, asked", ASKED, ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain")
-def test_an_image_is_the_same_whatever_is_drawn_with_it(name, asked):
+def words(value):
+    "The id of a parameter: a name, or the values of options."
+    return value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain"
+
+
+@pytest.mark.parametrize("name, chosen", OPTIONS, ids=words)
+def test_an_image_is_the_same_whatever_is_drawn_with_it(name, chosen):
     torch.manual_seed(0)
     model = randomised(MODELS[name](), 0.1)
-    options = model.sampling_options({"sampler": "dpmpp", "steps": 3, **asked}, shapes())
+    options = model.sampling_options({"sampler": "dpmpp", "steps": 3, **chosen}, shapes())
     draw = lambda start, stop: model.sample(stop - start, generator=image_draws(7, start, stop), **options)
     whole = draw(0, 7)
     assert (whole[0] - whole[1]).abs().max() > 1e-3  # they do differ
@@ -64,8 +71,10 @@ def test_an_image_is_the_same_whatever_is_drawn_with_it(name, asked):
 
 def test_numbers_by_image_follow_their_distributions_and_differ_from_image_to_image():
     numbers, uniform = randn((20_000, 2), image_draws(0, 0, 20_000)), rand((20_000,), image_draws(0, 0, 20_000))
-    assert numbers.mean().abs() < 0.02 and (numbers.std() - 1).abs() < 0.02 and torch.corrcoef(numbers.T)[0, 1].abs() < 0.03
-    assert (uniform.mean() - 0.5).abs() < 0.01 and 0 <= uniform.min() and uniform.max() < 1 and len(uniform.unique()) > 19_000
+    assert numbers.mean().abs() < 0.02 and (numbers.std() - 1).abs() < 0.02
+    assert torch.corrcoef(numbers.T)[0, 1].abs() < 0.03
+    assert (uniform.mean() - 0.5).abs() < 0.01 and 0 <= uniform.min() and uniform.max() < 1
+    assert len(uniform.unique()) > 19_000
     weights = torch.tensor([1.0, 0.0, 3.0, 4.0])
     for source in (image_draws(0, 0, 20_000), generator()):
         share = choose(weights, 20_000, source).bincount(minlength=4) / 20_000
@@ -82,7 +91,8 @@ def test_a_part_of_draws_shares_their_generators():
 
 def test_an_evaluation_looks_at_the_same_images_in_any_batch():
     torch.manual_seed(0)
-    model, network = randomised(DiffuseVAE({**VAE_CONFIG, "image_size": 32}, {**UNET, "image_size": 32, "attention": [8]}), 0.1), load_features("shapes")
+    unet = UNET | {"image_size": 32, "attention": [8]}
+    model, network = randomised(DiffuseVAE(VAE_CONFIG | {"image_size": 32}, unet), 0.1), load_features("shapes")
     reference = [{"held-out": describe(network, shapes(40, 32).tensor())}]
     asked = {"sampler": "dpmpp", "steps": 2, "n": 23}
     found = [evaluate(model, [network], reference, asked, batch=batch, progress=False) for batch in (23, 10, 4)]
@@ -97,7 +107,8 @@ def test_the_command_line_draws_the_same_images_for_any_n_batch_and_part(tmp_pat
     file = save_model(randomised(DiffuseVAE(VAE_CONFIG, UNET), 0.1), tmp_path / "m.safetensors")
 
     def sample(name, *words):
-        answer = CliRunner().invoke(cli.app, [*map(str, words), "--cpu", "--steps", "3", "--seed", "5", "--weights", str(file), "--out", str(tmp_path / name)])
+        options = ["--cpu", "--steps", "3", "--seed", "5", "--weights", str(file), "--out", str(tmp_path / name)]
+        answer = CliRunner().invoke(cli.app, [*map(str, words), *options])
         assert answer.exit_code == 0, answer.output + repr(answer.exception)
         return np.load(tmp_path / name)["arr_0"].astype(int)
     eight = sample("a.npz", "sample", "--n", 8)
@@ -110,10 +121,11 @@ def test_the_command_line_draws_the_same_images_for_any_n_batch_and_part(tmp_pat
 def test_the_grid_of_a_record_shows_the_first_images_that_were_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 60, "test": 40})
     monkeypatch.setattr(runs, "_LAST", {})
-    entry = Entry("vae", "shapes", {"model": "VAE", **VAE_CONFIG, "image_size": 32}, {"kimg": 0.016, "batch_size": 8}, features="features",
-                  seed=3, evaluations=({"sampler": None, "steps": 1, "n": 20},), batch=20)
-    eye = Entry("features", "shapes", {"model": "FeatureNetwork", "name": "shapes", "classes": 3, "factors": True}, {"kimg": 0.016})
-    run_entry(entry, [entry, eye], tmp_path, cpu=True, progress=False)
+    entry = Entry("vae", "shapes", {"model": "VAE", **VAE_CONFIG, "image_size": 32}, {"kimg": 0.016, "batch_size": 8},
+                  features="features", seed=3, evaluations=({"sampler": None, "steps": 1, "n": 20},), batch=20)
+    network = {"model": "FeatureNetwork", "name": "shapes", "classes": 3, "factors": True}
+    features = Entry("features", "shapes", network, {"kimg": 0.016})
+    run_entry(entry, [entry, features], tmp_path, cpu=True, progress=False)
     model = load_model(entry.folder(tmp_path) / "model.safetensors")
     drawn = to_uint8(model.sample(100, generator=image_draws(3, 0, 100)))
     picture = np.asarray(Image.open(tmp_path / "shapes" / "vae" / "seed3.png")).astype(int)

@@ -1,8 +1,10 @@
 """Priors: densities against torch.distributions and autograd, samples against densities, fits, and what is caught."""
 import copy
+import gc
 import json
 import math
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 from conftest import complains, generator, randomised
 from hybridvae.core import MODELS, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
-from hybridvae.priors import (PRIORS as CLASSES, FlowPrior, GaussianMixture, MoGPrior, StandardNormal, VampPrior, build_prior,
-                              check_prior, fit_by_name, fit_mixture, fit_prior, kl_monte_carlo, two_sample_test)
+from hybridvae.priors import (
+    PRIORS as CLASSES, FlowPrior, GaussianMixture, MoGPrior, StandardNormal, VampPrior, build_prior, check_prior,
+    fit_by_name, fit_mixture, fit_prior, kl_monte_carlo, two_sample_test)
 from hybridvae.vae import VAE
 from scipy.stats import chi2, norm
 from torch import nn
@@ -89,7 +92,8 @@ def test_log_densities_are_those_of_torch_distributions(make):
     z = 3 * torch.randn(200, prior.dim, generator=generator(1))
     found = prior.log_prob(z)
     assert found.shape == (200,) and prior.config["dim"] == prior.dim
-    torch.testing.assert_close(found.double(), oracle(prior).log_prob(z.double()), rtol=1e-4, atol=1e-4, check_dtype=False)
+    want = oracle(prior).log_prob(z.double())
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
 def test_a_point_far_from_every_component_has_a_finite_log_density():
@@ -355,7 +359,8 @@ def test_the_log_determinant_is_bounded_whatever_the_weights(kind, transformed):
 
 @pytest.mark.parametrize("kind", ["realnvp", "maf"])
 def test_a_flow_starts_at_the_codes_mean_and_deviation(kind):
-    codes = torch.tensor([3.0, -40.0, 0.0]) + torch.tensor([0.1, 5.0, 1.0]) * torch.randn(2_000, 3, generator=generator())
+    normal = torch.randn(2_000, 3, generator=generator())
+    codes = torch.tensor([3.0, -40.0, 0.0]) + torch.tensor([0.1, 5.0, 1.0]) * normal
     prior = FlowPrior(3, kind)
     prior.start_from_codes(codes)
     u, _ = prior.to_noise(codes)
@@ -393,13 +398,15 @@ def test_one_draw_of_the_kl_is_the_difference_of_two_log_densities(make):
 def test_the_mean_over_many_draws_is_the_closed_form_and_so_are_its_gradients(make):
     prior, n = make(), 40_000
     mu, logvar = posterior(requires_grad=True)
-    p = oracle(prior) if not isinstance(prior, GaussianMixture) else MultivariateNormal(prior.means[0], scale_tril=prior.roots[0])
+    one = isinstance(prior, GaussianMixture)
+    p = MultivariateNormal(prior.means[0], scale_tril=prior.roots[0]) if one else oracle(prior)
     exact = kl_divergence(MultivariateNormal(mu, scale_tril=(logvar / 2).exp().diag_embed()), p)
     wide = lambda t: t.repeat_interleave(n, dim=0)
     found = kl_monte_carlo(wide(mu), wide(logvar), prior, torch.randn(3 * n, 4, generator=generator())).reshape(3, n)
     error = found.detach().std(dim=1) / math.sqrt(n)
     assert ((found.mean(dim=1) - exact).abs() < 5 * error).all() and (error < 0.01 * exact + 0.01).all()
-    for a, b in zip(torch.autograd.grad(found.mean(dim=1).sum(), (mu, logvar)), torch.autograd.grad(exact.sum(), (mu, logvar))):
+    estimated = torch.autograd.grad(found.mean(dim=1).sum(), (mu, logvar))
+    for a, b in zip(estimated, torch.autograd.grad(exact.sum(), (mu, logvar))):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
@@ -430,8 +437,10 @@ def test_the_fit_is_scikit_learns():
     theirs = Oracle(4, reg_covar=1e-4, max_iter=50, random_state=0).fit(codes.double().numpy())
     ours = fit_mixture(codes, 4)
     order = [(ours.means - torch.from_numpy(m).float()).norm(dim=1).argmin().item() for m in theirs.means_]
-    assert sorted(order) == [0, 1, 2, 3] and ours.log_prob(codes).mean().item() == pytest.approx(theirs.score(codes.numpy()), abs=2e-3)
-    for mine, other in ((ours.weights, theirs.weights_), (ours.means, theirs.means_), (ours.roots @ ours.roots.mT, theirs.covariances_)):
+    assert sorted(order) == [0, 1, 2, 3]
+    assert ours.log_prob(codes).mean().item() == pytest.approx(theirs.score(codes.numpy()), abs=2e-3)
+    for mine, other in ((ours.weights, theirs.weights_), (ours.means, theirs.means_),
+                        (ours.roots @ ours.roots.mT, theirs.covariances_)):
         torch.testing.assert_close(mine[order], torch.from_numpy(other).float(), rtol=0.05, atol=0.05)
 
 
@@ -484,7 +493,7 @@ def test_a_fitted_flow_reaches_the_likelihood_of_the_distribution_itself(kind, l
     unseen, _ = correlated(3_000, seed=1)
     with torch.no_grad():
         gap = truth.log_prob(unseen).mean() - prior.log_prob(unseen).mean()
-    assert -0.01 < gap < 0.03 and not curve["problem"]  # independent normals would be 0.6 short: the correlation is 0.83
+    assert -0.01 < gap < 0.03 and not curve["problem"]  # independent normals would be 0.6 short: correlation 0.83
     z = prior.sample(4_000, generator())
     assert two_sample_test(unseen, z)["accuracy"] < 0.55
 
@@ -596,7 +605,8 @@ def test_each_way_of_diverging_is_caught(kind, log_scale, said):
     assert report["problem"].startswith(f"the FlowPrior has diverged ({said}")
     assert all(math.isfinite(v) for k, v in report.items() if k != "problem")
     if log_scale == -3.0:  # e³ times as far as the codes
-        assert 0.5 * math.exp(3) < report["reach"] < 2 * math.exp(3) and check_prior(prior, codes, max_reach=50)["problem"] == ""
+        assert 0.5 * math.exp(3) < report["reach"] < 2 * math.exp(3)
+        assert check_prior(prior, codes, max_reach=50)["problem"] == ""
 
 
 def test_an_inverse_that_is_none_is_caught(monkeypatch):
@@ -609,7 +619,8 @@ def test_an_inverse_that_is_none_is_caught(monkeypatch):
 def test_a_mixture_whose_draws_lie_far_away_is_caught():
     prior = MoGPrior(2, 10)
     prior.means.data[3] = 400.0
-    assert "MoGPrior has diverged (the farthest draw" in check_prior(prior, torch.randn(100, 2, generator=generator()))["problem"]
+    problem = check_prior(prior, torch.randn(100, 2, generator=generator()))["problem"]
+    assert "MoGPrior has diverged (the farthest draw" in problem
 
 
 # --- two samples ----------------------------------------------------------------------------------------------------
@@ -687,8 +698,8 @@ def test_ex_pde_becomes_a_mixture_of_at_most_fifty_components_and_anything_else_
         vae.sampling_options({"prior": "ex-pde"}, shapes(9))
 
 
-@pytest.mark.parametrize("name, kind", [("ex-pde", "GaussianMixture"), ("mog", "MoGPrior"), ("vamp", "VampPrior"), ("realnvp", "FlowPrior"),
-                                        ("maf", "FlowPrior")])
+@pytest.mark.parametrize("name, kind", [("ex-pde", "GaussianMixture"), ("mog", "MoGPrior"), ("vamp", "VampPrior"),
+                                        ("realnvp", "FlowPrior"), ("maf", "FlowPrior")])
 def test_a_prior_fitted_by_name_knows_the_codes_better_than_the_vaes_own_and_follows_the_seed(vae, name, kind):
     data = shapes(400)
     state = torch.random.get_rng_state()
@@ -700,7 +711,9 @@ def test_a_prior_fitted_by_name_knows_the_codes_better_than_the_vaes_own_and_fol
     assert vae.fitted_prior(name, data) is prior and not any(p.requires_grad for p in prior.parameters())
     z = prior.sample(5, generator())
     again = randomised(VAE(image_size=16, z_dim=4, width=8, multipliers=(1, 2)), scale=0.3).fitted_prior(name, data)
-    assert torch.equal(z, again.sample(5, generator())) and not torch.equal(z, vae.fitted_prior(name, data, seed=1).sample(5, generator()))
+    assert torch.equal(z, again.sample(5, generator()))
+    assert not torch.equal(z, vae.fitted_prior(name, data, seed=1).sample(5, generator()))
+    assert vae.fitted_prior(name, data) is prior  # kept beside that of the other seed
     vae.encoder.net[-1].bias.data[0] += 1.0  # other weights have other codes
     assert vae.fitted_prior(name, data) is not prior
 
@@ -710,6 +723,19 @@ def test_a_prior_fitted_by_name_knows_the_codes_better_than_the_vaes_own_and_fol
 def test_a_prior_is_fitted_and_drawn_from_where_the_vae_is(vae, name):
     prior = vae.cuda().fitted_prior(name, shapes(100))
     assert vae.sample(4, prior=prior, generator=torch.Generator("cuda").manual_seed(0)).isfinite().all()
+
+
+def test_a_kept_prior_keeps_neither_model_nor_data_alive():
+    vae, data = randomised(VAE(image_size=16, z_dim=4, width=8, multipliers=(1, 2)), scale=0.3), shapes(400)
+    prior, model, images = vae.fitted_prior("ex-pde", data), weakref.ref(vae), weakref.ref(data)
+    del vae, data
+    gc.collect()
+    assert model() is None and images() is None and prior.sample(2, generator()).isfinite().all()
+
+
+def test_a_vamp_prior_by_name_needs_images():
+    with complains("a VampPrior starts from images"):
+        fit_by_name("vamp", of_four(500))
 
 
 def test_an_unknown_name_is_no_prior(vae):

@@ -11,7 +11,7 @@ from hybridvae.core import Draws, image_draws, load_model, project_root, save_mo
 from hybridvae.data import ImageData
 from hybridvae.priors import StandardNormal
 from hybridvae.training import TrainConfig, train
-from hybridvae.vae import VAE, discretised_log_prob, kl_divergence, reparameterize
+from hybridvae.vae import VAE, active_units, discretised_log_prob, kl_divergence, kl_per_dimension, reparameterize
 from safetensors import safe_open
 from torch.distributions import MultivariateNormal, Normal, kl_divergence as oracle_kl
 
@@ -37,6 +37,20 @@ def test_the_kl_is_that_of_torch_distributions():
     mu, logvar = (v.double() for v in codes())
     want = oracle_kl(posterior(mu, logvar), Normal(0.0, 1.0)).sum(dim=1)
     torch.testing.assert_close(kl_divergence(mu, logvar), want, rtol=1e-10, atol=0)
+
+
+def test_the_kl_by_dimension_is_that_of_torch_distributions_and_sums_to_the_whole():
+    mu, logvar = (v.double() for v in codes())
+    found = kl_per_dimension(mu, logvar)
+    torch.testing.assert_close(found, oracle_kl(posterior(mu, logvar), Normal(0.0, 1.0)), rtol=1e-10, atol=0)
+    assert torch.equal(found.sum(dim=1), kl_divergence(mu, logvar))
+
+
+def test_a_number_is_active_where_its_mean_varies_over_images():
+    mu = torch.zeros(3, 4)
+    mu[:, 1] = torch.tensor([0.0, 0.099, 0.198])  # unbiased variance just below 0.01
+    mu[:, 2], mu[:, 3] = torch.tensor([0.0, 0.101, 0.202]), torch.tensor([5.0, 5.0, 5.0])
+    assert active_units(mu) == 1 and active_units(10 * mu) == 2
 
 
 def test_the_kl_is_zero_at_the_prior_only():
@@ -111,7 +125,8 @@ def test_draws_from_the_prior_follow_the_generator_and_its_moments():
     assert ((z.T.cov() - torch.eye(3)).abs() < 5 * math.sqrt(2 / n)).all()
 
 
-LEARNED = [{"prior": "FlowPrior", "kind": "realnvp", "layers": 2, "hidden": 8}, {"prior": "FlowPrior", "kind": "maf", "layers": 2, "hidden": 8},
+LEARNED = [{"prior": "FlowPrior", "kind": "realnvp", "layers": 2, "hidden": 8},
+           {"prior": "FlowPrior", "kind": "maf", "layers": 2, "hidden": 8},
            {"prior": "MoGPrior", "components": 3}, {"prior": "VampPrior", "components": 3}]
 
 
@@ -125,7 +140,8 @@ def test_a_learned_priors_kl_is_the_difference_of_log_densities_at_the_code_that
     nll = -Normal(vae.decode(z), vae.sigma).log_prob(x).sum(dim=(1, 2, 3)).mean()
     torch.testing.assert_close(terms["kl_per_image"], kl, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(terms["loss"] * 768, nll + kl, rtol=1e-4, atol=1e-3)
-    assert ("log_det" in terms) == (prior["prior"] == "FlowPrior") and "log_det" not in vae.train().training_loss(x, draws=Draws(0, 0))
+    assert ("log_det" in terms) == (prior["prior"] == "FlowPrior")
+    assert "log_det" not in vae.train().training_loss(x, draws=Draws(0, 0))
     if "log_det" in terms:
         torch.testing.assert_close(terms["log_det"], vae.prior.to_noise(z)[1].abs().mean() / 5)
 
@@ -145,14 +161,15 @@ def test_a_learned_prior_is_trained_with_the_vae_and_saved_with_it(prior, tmp_pa
     vae = randomised(VAE(**SMALL, prior=prior))
     vae.training_loss(images(), draws=Draws(0, 0))["loss"].backward()
     reached = [name for name, p in vae.prior.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
-    assert len(reached) > 0.7 * len(list(vae.prior.parameters())), reached  # the parts of a MAF that see nothing get none
+    assert len(reached) > 0.7 * len(list(vae.prior.parameters())), reached  # parts of a MAF without inputs get none
     again = load_model(save_model(vae, tmp_path / "vae.safetensors"))
     torch.testing.assert_close(vae.sample(4, generator=generator()), again.sample(4, generator=generator()))
     assert again.config == vae.config and type(again.prior) is type(vae.prior)
 
 
 def test_a_flow_that_diverges_ends_the_training_and_says_so(tmp_path):
-    data = ImageData("noise", "train", torch.randint(256, (64, 16, 16, 3), generator=generator()).to(torch.uint8).numpy())
+    pixels = torch.randint(256, (64, 16, 16, 3), generator=generator()).to(torch.uint8)
+    data = ImageData("noise", "train", pixels.numpy())
     config = TrainConfig(kimg=1.6, batch_size=16, n_slices=1, lr=1e-4)
 
     def run(folder, log_scale):
@@ -170,8 +187,8 @@ def test_a_posterior_wider_than_the_prior_is_warned_of():
     with pytest.warns(UserWarning, match="mean variance has grown to 1.7"):
         assert vae.stop_reason(points[:2]) is None
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once, and not of a code that says nothing
-        assert vae.stop_reason([]) is vae.stop_reason(points[:1]) is vae.stop_reason(points) is vae.stop_reason([{"kimg": 1.0}]) is None
+        warnings.simplefilter("error")  # warned of once, and not of a code without information
+        assert all(vae.stop_reason(history) is None for history in ([], points[:1], points, [{"kimg": 1.0}]))
 
 
 def test_the_elbo_of_a_record_is_that_of_the_vaes_own_prior():
@@ -188,7 +205,8 @@ def test_the_elbo_of_a_record_is_that_of_the_vaes_own_prior():
         z = mu + (logvar / 2).exp() * eps
         log_prior = Normal(1.0 if prior else 0.0, 1.0).log_prob(z).sum(dim=1)
         likelihood = Normal(vae.decode(z), vae.sigma).log_prob(to_float(x)).sum(dim=(1, 2, 3))
-        kl = posterior(mu, logvar).log_prob(z).sum(dim=1) - log_prior if prior else oracle_kl(posterior(mu, logvar), Normal(0.0, 1.0)).sum(dim=1)
+        q = posterior(mu, logvar)
+        kl = (q.log_prob(z) if prior else oracle_kl(q, Normal(0.0, 1.0))).sum(dim=1) - (log_prior if prior else 0)
         assert found[name]["heldout_elbo"] == pytest.approx((likelihood - kl).mean().item(), rel=1e-4)
         assert found[name]["heldout_kl"] == pytest.approx(kl.mean().item(), rel=1e-3)
     assert found["flow"]["kl_per_code_dimension"] == pytest.approx(found["normal"]["kl_per_code_dimension"], rel=1e-4)
@@ -273,7 +291,8 @@ PLACE = dict(image_size=32, z_channels=3, width=8, multipliers=(1, 2), patch=2) 
 @pytest.mark.parametrize("size, channels, patch, multipliers, side", [
     (16, 3, 2, (1, 2), 4), (32, 1, 1, (1, 2, 2), 8), (24, 2, 4, (1,), 6), (32, 3, 2, (1, 1, 1, 1), 2)])
 def test_a_code_with_a_place_has_the_resolution_of_the_last_level(size, channels, patch, multipliers, side):
-    vae = randomised(VAE(image_size=size, channels=channels, z_channels=3, z_dim=7, width=8, patch=patch, multipliers=multipliers))
+    shape = dict(image_size=size, channels=channels, patch=patch, multipliers=multipliers)
+    vae = randomised(VAE(z_channels=3, z_dim=7, width=8, **shape))
     x = images(2, size, channels)
     mu, logvar = vae.encode(x)
     assert vae.code_shape == (3, side, side) and vae.z_dim == vae.config["z_dim"] == 3 * side**2
@@ -283,7 +302,8 @@ def test_a_code_with_a_place_has_the_resolution_of_the_last_level(size, channels
 
 def test_a_vector_code_has_the_length_asked_for_and_no_place():
     vae = VAE(**SMALL)
-    assert vae.code_shape == (5,) and vae.z_dim == 5 and "z_channels" not in vae.config  # runs begun before there were places go on
+    assert vae.code_shape == (5,) and vae.z_dim == 5
+    assert "z_channels" not in vae.config  # runs begun before there were spatial codes go on
 
 
 def without_norm(vae):
@@ -305,7 +325,8 @@ def nearby(row, column, shape, reach, scale):
 def test_one_place_of_a_code_moves_the_pixels_around_it_and_no_others():
     vae = without_norm(randomised(VAE(**PLACE)))
     z = torch.randn(6, *vae.code_shape, generator=generator(), dtype=torch.float64)
-    # first convolution and residual block at 8 x 8: 3 places; convolution and block at 16 x 16: 3; the last convolution: 1; each of these pixels is 2 wide
+    # first convolution and residual block at 8 x 8: 3 places; convolution and block at 16 x 16: 3; the last
+    # convolution: 1; each of these pixels is 2 wide
     reach = (3 * 2 + 3 + 1) * 2
     for row, column in ((0, 0), (1, 6), (7, 7)):
         other = z.clone()
@@ -331,7 +352,8 @@ def test_what_an_image_shows_in_one_corner_is_written_in_that_corner_of_the_code
     other[:, :, :4, 28:] *= -1
     for a, b in zip(vae.encode(x), vae.encode(other)):
         moved = ((a - b).reshape(4, *vae.code_shape).abs() > 0).any(dim=0).any(dim=0)
-        # one pixel of a code sees at most 1 + 2 (of 16 x 16: patch, block) + 1 (halving) pixels of 2, and block and convolution at 8 x 8: 3 places
+        # one pixel of a code sees at most 1 + 2 (of 16 x 16: patch, block) + 1 (halving) pixels of 2, and block and
+        # convolution at 8 x 8: 3 places
         assert moved[0, 7] and not moved[6:].any() and not moved[:, :2].any()
 
 
@@ -377,12 +399,14 @@ def test_weights_from_before_there_were_places_still_load():
 
 @pytest.mark.parametrize("size, patch, multipliers", [(30, 2, (1, 2, 4)), (16, 3, (1, 2))])
 def test_a_place_needs_a_size_that_divides_too(size, patch, multipliers):
-    with pytest.raises(ValueError, match=f"image_size {size} does not divide by patch {patch} and {len(multipliers) - 1} halvings"):
+    words = f"image_size {size} does not divide by patch {patch} and {len(multipliers) - 1} halvings"
+    with pytest.raises(ValueError, match=words):
         VAE(image_size=size, patch=patch, multipliers=multipliers, z_channels=2)
 
 
 def test_a_record_counts_the_kl_of_a_code_with_a_place_by_channel():
-    vae, pixels = randomised(VAE(**PLACE), scale=0.1), torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8, generator=generator())
+    vae = randomised(VAE(**PLACE), scale=0.1)
+    pixels = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8, generator=generator())
     vae.encoder.net[-2].weight.data[[1, 4]] = 0  # channel 1: its posterior is the prior
     vae.encoder.net[-2].bias.data[[1, 4]] = 0
     found = vae.measures(None, ImageData("noise", "test", pixels.numpy()))
