@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['timestep_embedding', 'zeroed', 'EmbeddedBlock', 'attention', 'SelfAttention', 'unet_stage', 'down_layers',
-           'up_layers', 'UNetForward', 'UNet', 'DDPM']
+           'up_layers', 'UNetForward', 'UNet', 'DDPM', 'to_diffusers', 'from_diffusers']
 
 # %% ../nbs/00f_unet.ipynb #cell-002
 #| code-fold: true
 import functools
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Draws, Model, Source, randn
+from .core import Draws, HybridVAEError, Model, Source, randn
 from .diffusion import GaussianDiffusion
 from .vae import group_norm
 
@@ -143,12 +144,12 @@ def _mlp(inputs: int, outputs: int) -> nn.Sequential:
 class UNetForward(nn.Module):
     "The forward pass of a U-Net, whatever its layers are."
 
+    config: dict
     width: int
-    cond_channels: int
     time_mlp: nn.Module
     z_mlp: nn.Module | None
     unshuffle: nn.Module
-    stem: nn.Module
+    stem: nn.Conv2d
     down: nn.ModuleList
     middle: nn.ModuleList
     up: nn.ModuleList
@@ -253,3 +254,108 @@ class DDPM(Model):
         "n images (n, C, H, W) in [-1, 1]; options as in `GaussianDiffusion.sample`."
         noise = randn((n, *self.image_shape), generator).to(self.device)
         return self.diffusion.sample(self.unet, noise, sampler, steps, generator=generator, **options).clamp(-1, 1)
+
+# %% ../nbs/00f_unet.ipynb #deda96e9
+def _diffusers_config(unet: UNet) -> dict:
+    "Arguments of the `UNet2DModel` of the same architecture. Raises `HybridVAEError` where there is none."
+    own, parts = unet.config, list(unet.modules())
+    groups = {m.num_groups for m in parts if isinstance(m, nn.GroupNorm)}
+    broken_heads = any(m.qkv.in_channels % own["head_width"] for m in parts if isinstance(m, SelfAttention))
+    if own["cond_channels"] or own["z_dim"] or own["patch"] != 1 or len(groups) > 1 or broken_heads:
+        raise HybridVAEError("diffusers has no such U-Net: give one without condition, code and patch, with the same "
+                             f"number of groups in all normalisations (here {sorted(groups)}), and whole heads.")
+    sizes = _resolutions(own["image_size"], 1, len(own["multipliers"]), own["attention"])
+    kinds = ["Attn" if size in own["attention"] else "" for size in sizes]
+    middle = any(isinstance(m, SelfAttention) for m in unet.middle.modules())
+    return dict(
+        sample_size=own["image_size"], in_channels=own["channels"], out_channels=own["channels"],
+        block_out_channels=tuple(own["width"] * m for m in own["multipliers"]), layers_per_block=own["blocks"],
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        attention_head_dim=own["head_width"], add_attention=middle, dropout=own["dropout"],
+        norm_num_groups=min(groups), attn_norm_num_groups=min(groups) if middle else None, norm_eps=1e-5,
+        resnet_time_scale_shift="scale_shift", time_embedding_type="positional", time_embedding_dim=None,
+        flip_sin_to_cos=True, freq_shift=0, mid_block_type="UNetMidBlock2D", mid_block_scale_factor=1, act_fn="silu",
+        downsample_padding=1, downsample_type="conv", upsample_type="conv", center_input_sample=False,
+        class_embed_type=None)
+
+# %% ../nbs/00f_unet.ipynb #9b4bb20b
+_STAGE = {
+    "0.norm1": ["resnets.{}.norm1"], "0.conv1": ["resnets.{}.conv1"], "0.modulation": ["resnets.{}.time_emb_proj"],
+    "0.norm2": ["resnets.{}.norm2"], "0.conv2": ["resnets.{}.conv2"], "0.shortcut": ["resnets.{}.conv_shortcut"],
+    "1.norm": ["attentions.{}.group_norm"], "1.out": ["attentions.{}.to_out.0"],
+    "1.qkv": ["attentions.{}.to_q", "attentions.{}.to_k", "attentions.{}.to_v"]}
+
+
+def _diffusers_names(levels: int, blocks: int) -> dict[str, list[str]]:
+    "For each layer of a `UNet` the layers of `UNet2DModel` that hold its parameters, together in this order."
+    names = {"time_mlp.0": ["time_embedding.linear_1"], "time_mlp.2": ["time_embedding.linear_2"], "stem": ["conv_in"],
+             "head.0": ["conv_norm_out"], "head.2": ["conv_out"]}
+
+    def stage(own: str, block: str, k: int) -> None:
+        names.update({f"{own}.{layer}": [f"{block}.{name.format(k)}" for name in theirs]
+                      for layer, theirs in _STAGE.items()})
+    for level in range(levels):
+        down, up = level * (blocks + 1), level * (blocks + 2)
+        for k in range(blocks):
+            stage(f"down.{down + k}", f"down_blocks.{level}", k)
+        for k in range(blocks + 1):
+            stage(f"up.{up + k}", f"up_blocks.{level}", k)
+        if level < levels - 1:
+            names[f"down.{down + blocks}"] = [f"down_blocks.{level}.downsamplers.0.conv"]
+            names[f"up.{up + blocks + 1}.1"] = [f"up_blocks.{level}.upsamplers.0.conv"]
+    for k in range(2):
+        stage(f"middle.{k}", "mid_block", k)
+    return names
+
+# %% ../nbs/00f_unet.ipynb #0379af3e
+def _own_config(model: nn.Module) -> dict:
+    "Arguments of the `UNet` of the same architecture. Raises `HybridVAEError` where there is none."
+    config = cast(dict, model.config)
+    theirs = {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in config.items()}
+    size, widths, kinds = theirs["sample_size"] or 0, theirs["block_out_channels"], theirs["down_block_types"]
+    own = dict(
+        image_size=size, channels=theirs["in_channels"], width=widths[0], blocks=theirs["layers_per_block"],
+        multipliers=tuple(w // widths[0] for w in widths), head_width=theirs["attention_head_dim"] or widths[0],
+        attention=tuple(size // 2**level for level, kind in enumerate(kinds) if "Attn" in kind),
+        dropout=theirs["dropout"], middle=theirs["add_attention"] and "Attn" not in kinds[-1])
+    with torch.device("meta"):
+        wanted = _diffusers_config(UNet(**own))
+    different = {key: value for key, value in wanted.items() if theirs[key] != value}
+    if different:
+        words = ", ".join(f"{key}={theirs[key]!r} where {value!r} is needed" for key, value in different.items())
+        raise HybridVAEError(f"this UNet2DModel computes otherwise than a UNet: {words}.")
+    return own
+
+# %% ../nbs/00f_unet.ipynb #e1ec5db2
+def to_diffusers(unet: UNet) -> nn.Module:
+    """A `UNet2DModel` of diffusers with the weights of this U-Net, on its device; its output is in `.sample`.
+
+    Raises `HybridVAEError` for a network that diffusers does not have: with a condition image, code or patch, with
+    different numbers of groups in its normalisations, or with attention that is not in whole heads.
+    """
+    from diffusers import UNet2DModel
+
+    model = cast(nn.Module, UNet2DModel(**_diffusers_config(unet)))
+    names, theirs = _diffusers_names(len(unet.config["multipliers"]), unet.config["blocks"]), model.state_dict()
+    for key, tensor in unet.state_dict().items():
+        layer, _, kind = key.rpartition(".")
+        for name, part in zip(names[layer], tensor.chunk(len(names[layer]))):
+            theirs[f"{name}.{kind}"] = part.reshape(theirs[f"{name}.{kind}"].shape)
+    model.load_state_dict(theirs)
+    return model.to(unet.stem.weight.device).train(unet.training)
+
+
+def from_diffusers(model: nn.Module) -> UNet:
+    """A `UNet` with the weights of a `UNet2DModel` of diffusers, on its device.
+
+    Raises `HybridVAEError` where the model computes otherwise: the sentence names the settings that differ.
+    """
+    own = _own_config(model)
+    unet, theirs = UNet(**own), model.state_dict()
+    names, state = _diffusers_names(len(own["multipliers"]), own["blocks"]), unet.state_dict()
+    for key, tensor in state.items():
+        layer, _, kind = key.rpartition(".")
+        state[key] = torch.cat([theirs[f"{name}.{kind}"] for name in names[layer]]).reshape(tensor.shape)
+    unet.load_state_dict(state)
+    return unet.to(next(model.parameters()).device).train(model.training)

@@ -2,8 +2,9 @@
 import pytest
 import torch
 from conftest import generator, randomised
-from hybridvae.core import Draws, count_parameters
-from hybridvae.unet import DDPM, EmbeddedBlock, SelfAttention, UNet, timestep_embedding
+from diffusers import UNet2DModel
+from hybridvae.core import Draws, HybridVAEError, count_parameters
+from hybridvae.unet import DDPM, EmbeddedBlock, SelfAttention, UNet, from_diffusers, timestep_embedding, to_diffusers
 
 SMALL = dict(image_size=16, width=8, multipliers=(1, 2), attention=(8,))
 CONDITIONED = dict(SMALL, cond_channels=3, z_dim=5)
@@ -222,3 +223,39 @@ def test_the_middle_attends_where_it_is_asked_to():
     assert UNet(**old).state_dict().keys() == build(attention=(16,)).state_dict().keys()
     unet, x, z = build(attention=(), middle=True), torch.randn(1, 3, 16, 16), torch.zeros(1, dtype=torch.long)
     assert unet(x, z).shape == x.shape
+
+
+# --- diffusers ------------------------------------------------------------------------------------------------------
+
+EQUAL_GROUPS = dict(image_size=16, width=128, multipliers=(1, 2), attention=(8,), head_width=32)  # 32 groups everywhere
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(attention=(16,), blocks=2), dict(attention=(), channels=1), dict(attention=(), middle=True),
+    dict(multipliers=(1, 1, 2), attention=(8, 4))], ids=str)
+def test_the_network_in_diffusers_computes_the_same_and_comes_back(options):
+    unet = randomised(UNet(**EQUAL_GROUPS | options), scale=0.05).eval()
+    theirs = to_diffusers(unet)
+    x, t, *_ = inputs(unet)
+    want = unet(x, t)
+    assert want.std() > 0.01 and not theirs.training
+    torch.testing.assert_close(theirs(x, t).sample, want, rtol=1e-5, atol=1e-5)
+    again = from_diffusers(theirs)
+    assert again.config == unet.config
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [dict(cond_channels=3), dict(z_dim=4), dict(patch=2, attention=(4,)),
+                                     dict(width=64), dict(head_width=48)], ids=str)
+def test_a_network_that_diffusers_does_not_have_is_refused(options):
+    with pytest.raises(HybridVAEError, match="diffusers has no such U-Net"), torch.device("meta"):
+        to_diffusers(UNet(**EQUAL_GROUPS | options))
+
+
+@pytest.mark.parametrize("options", [dict(resnet_time_scale_shift="default"), dict(flip_sin_to_cos=False, freq_shift=1),
+                                     dict(downsample_padding=0), dict(norm_eps=1e-6)], ids=str)
+def test_a_model_of_diffusers_that_computes_otherwise_is_refused(options):
+    config = dict(to_diffusers(UNet(**EQUAL_GROUPS)).config) | options
+    with pytest.raises(HybridVAEError, match="computes otherwise than a UNet: ") as error:
+        from_diffusers(UNet2DModel.from_config(config))
+    assert all(f"{name}={value!r}" in str(error.value) for name, value in options.items())
