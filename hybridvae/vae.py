@@ -73,14 +73,14 @@ class ResidualBlock(nn.Module):
 class AutoencoderShape:
     "Architecture of an encoder and its decoder. Raises `ValueError` for an image size that does not divide."
 
-    image_size: int
-    channels: int
-    z_dim: int
-    width: int
-    multipliers: Sequence[int]
-    blocks: int
-    patch: int
-    z_channels: int = 0
+    image_size: int  # height and width, pixels
+    channels: int  # of the image
+    z_dim: int  # length of the code; with `z_channels` it follows from these
+    width: int  # channels at the first level
+    multipliers: Sequence[int]  # of the width, one for each level
+    blocks: int  # residual blocks in each level
+    patch: int  # pixels that the first layer joins, along each side
+    z_channels: int = 0  # of a spatial code; 0 for a vector
 
     def __post_init__(self):
         if self.image_size % (self.patch * 2 ** (len(self.multipliers) - 1)):
@@ -245,7 +245,7 @@ class _Fit:
 
     name: str
     weights: str
-    own: int | None  # of a VampPrior, which holds on to the encoder of one VAE: its id
+    own: int | None  # id of the VAE for a VampPrior, which refers to its encoder
     images: tuple
     seed: int
     device: torch.device
@@ -255,8 +255,9 @@ class _Fit:
 
 @functools.lru_cache(maxsize=8)
 def _fitted(fit: _Fit) -> Prior:
+    "The prior, fitted to 10,000 codes, or 400 for each number of the code where these are more."
     vae, data = fit.vae(), fit.data()
-    assert vae is not None and data is not None  # the caller holds both
+    assert vae is not None and data is not None  # both belong to the caller, who waits
     images = data.first(min(500, len(data))).float() if fit.name == "vamp" else None
     with torch.autocast(fit.device.type, enabled=False):  # on the VAE's device, where the VampPrior's encoder is
         codes = vae.codes(data, max(10_000, 400 * vae.z_dim)).to(fit.device)
