@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'FIRST', 'EVERY', 'PHOTOGRAPHS', 'THREE', 'ONE', 'ALL', 'S
 # %% ../nbs/80_experiments.ipynb #afbb745c
 import dataclasses
 
-from .adaptive import WAYS
+from .adaptive import STRATEGIES
 from .core import HybridVAEError
 from .runs import Entry
 
@@ -322,19 +322,19 @@ JOINT += (
 )
 
 # %% ../nbs/80_experiments.ipynb #32bc1422
-_SHORT = MAIN | {"steps": 10}  # the grid on which the ways are compared
-_TRUSTED = (MAIN, *(_SHORT | way for way in WAYS.values()), MAIN | {"steps": 3}, MAIN | {"steps": 5})
+_SHORT = MAIN | {"steps": 10}  # the grid on which the strategies are compared
+_COMPARED = (MAIN, *(_SHORT | options for options in STRATEGIES.values()), MAIN | {"steps": 3}, MAIN | {"steps": 5})
 _QUARTER = (_SHORT | {"strength": [0.75, 0.75]},  # and a quarter by the others
-            *(_SHORT | WAYS["adaptive strength"] | {"uncertainty": name}
+            *(_SHORT | STRATEGIES["adaptive strength"] | {"uncertainty": name}
               for name in ("re-encode", "head", "error", "prior", "density")))
-ADAPTIVE_EVALUATIONS = (*_TRUSTED, *(e | {"prior": "realnvp"} for e in _TRUSTED),
+ADAPTIVE_EVALUATIONS = (*_COMPARED, *(e | {"prior": "realnvp"} for e in _COMPARED),
                         *(e | {"only": "seed 0"} for e in _QUARTER))
 
 # %% ../nbs/80_experiments.ipynb #ec811fe4
 _FLOW = {"prior": "FlowPrior", "kind": "realnvp"}
 _ADAPT = {"part": "train", "times_kimg": 0.6, "times_lr": 0.5}
 _PLAN_STUDIES = {"truncation": EVERY, "uncertainty": FIRST, "priors": FIRST, "adaptive": FIRST}
-_VARIANT = dict(on=ONCE, studies={}, evaluate=(_SHORT, _SHORT | WAYS["adaptive strength"]))
+_VARIANT = dict(on=ONCE, studies={}, evaluate=(_SHORT, _SHORT | STRATEGIES["adaptive strength"]))
 
 ADAPTIVE = (
     Row("flow-vae", on=THREE, model={"part": "vae", "model": "VAE", "prior": _FLOW}, train={"part": "train_vae"},
@@ -345,7 +345,7 @@ ADAPTIVE = (
         needs=_both("diffusevae-form1"), evaluate=ADAPTIVE_EVALUATIONS, studies=_PLAN_STUDIES | {"noise": FIRST},
         steps_study=10, **_MEASURED),
     Row("adaptive-flow", "adaptive-normal", on=SHAPES, model={"vae": {"prior": _FLOW}}, needs=_both("flow-form1"),
-        evaluate=_TRUSTED, studies=_PLAN_STUDIES),
+        evaluate=_COMPARED, studies=_PLAN_STUDIES),
     Row("adaptive-control", "adaptive-normal", on=ONE, model={"model": "DiffuseVAE"}, studies={},
         evaluate=(MAIN, _SHORT, MAIN | {"steps": 3}, MAIN | {"steps": 5})),
     Row("adaptive-film", "adaptive-normal", **_VARIANT, model={"film": True}),
@@ -353,13 +353,13 @@ ADAPTIVE = (
     Row("adaptive-glow", "adaptive-normal", **_VARIANT, model={"flow": {"kind": "glow"}}),
 )
 
-_CPU_WAYS = ("full trust", "no trust", "adaptive strength", "shuffled strength")
+_CPU_STRATEGIES = ("full conditioning", "no conditioning", "adaptive strength", "shuffled strength")
 ADAPTIVE += (
     Row("flow-vae-cpu", "flow-vae", on=CPU_ONE),
     Row("flow-form1-cpu", "flow-form1", on=CPU_ONE, needs={"vae": "flow-vae-cpu"}),
     Row("adaptive-normal-cpu", "adaptive-normal", **_CPU_TUNED | {"train": _ADAPT | {"times_kimg": 0.25}},
         needs=_both("diffusevae-form1-cpu"), studies={"noise": CPU_ONE, "likelihood": CPU_ONE},
-        evaluate=(MAIN | USUAL, *(_SHORT | FEW | USUAL | WAYS[way] for way in _CPU_WAYS))),
+        evaluate=(MAIN | USUAL, *(_SHORT | FEW | USUAL | STRATEGIES[name] for name in _CPU_STRATEGIES))),
 )
 
 # %% ../nbs/80_experiments.ipynb #9be45bb8

@@ -1,4 +1,4 @@
-"""Adaptive conditioning: what the U-Net is told, how uncertainty becomes a rank, which steps are taken, and the flow between."""
+"""Adaptive conditioning: inputs of the U-Net, ranks of uncertainty, steps, and the flow between."""
 import json
 import math
 import re
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import complains, generator, randomised
-from hybridvae.adaptive import (CHOSEN_ON, UNCERTAINTIES, WAYS, Adaptation, AdaptiveDiffuseVAE, ConditionFlow,
+from hybridvae.adaptive import (CHOSEN_ON, UNCERTAINTIES, STRATEGIES, Adaptation, AdaptiveDiffuseVAE, ConditionFlow,
                                 UncertaintyHead, unchosen, uncertainty)
 from hybridvae.core import Draws, build_model, image_draws, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
@@ -40,14 +40,14 @@ def images(n=8, seed=1):
     return torch.rand(n, 3, 16, 16, generator=generator(seed)) * 2 - 1
 
 
-def plans(m, n=6, seed=0):
+def coarse(m, n=6, seed=0):
     z = torch.randn(n, 4, generator=generator(seed))
     with torch.no_grad():
         return m.vae.decode(z), z
 
 
-def network_of(m, x_cond, code, told):
-    return lambda x_t, t: m.unet(x_t, t, cond=x_cond, z=code if m.z_guidance else None, extra=m.told(told))
+def network_of(m, x_cond, code, level):
+    return lambda x_t, t: m.unet(x_t, t, cond=x_cond, z=code if m.z_guidance else None, extra=m.told(level))
 
 
 def shapes(n=60, start=0):
@@ -58,34 +58,34 @@ def shapes(n=60, start=0):
 # --- what the U-Net is given ----------------------------------------------------------------------------------------
 
 @variants
-def test_the_plan_fades_into_noise_as_the_strength_grows_and_the_level_is_told(options):
+def test_x_hat_fades_into_noise_as_the_strength_grows_and_the_level_is_an_input(options):
     m = model(**options)
-    x_hat, z = plans(m)
+    x_hat, z = coarse(m)
     strength, noise = torch.linspace(0, 1, 6), torch.randn(6, 3, 16, 16, generator=generator(3))
     with torch.no_grad():
-        x_cond, code, told, _ = m.conditions(x_hat, z, strength, noise)
-        clean = m.conditions(x_hat, z, 0 * strength, noise)[0]
+        x_cond, code, level, _ = m.network_inputs(x_hat, z, strength, noise)
+        clean = m.network_inputs(x_hat, z, 0 * strength, noise)[0]
     for i, s in enumerate(strength.tolist()):
         torch.testing.assert_close(x_cond[i], math.sqrt(1 - s * s) * clean[i] + s * noise[i])
     torch.testing.assert_close(x_cond[-1], noise[-1])
-    assert torch.equal(told[:, 0], strength) and told.shape[1] == 1 + 4 * m.film
+    assert torch.equal(level[:, 0], strength) and level.shape[1] == 1 + 4 * m.film
     if m.flow is None:
         assert torch.equal(clean, x_hat) and torch.equal(code, z)
     if m.film:
-        torch.testing.assert_close(told[:, 1:], m.head(z)[0])
+        torch.testing.assert_close(level[:, 1:], m.head(z)[0])
 
 
 @variants
-def test_the_loss_is_that_of_the_diffusion_given_the_noisy_plan_and_of_the_head(options):
+def test_the_loss_is_that_of_the_diffusion_given_the_noisy_x_hat_and_of_the_head(options):
     m, x, draws = model(**options).train(), images(), Draws(0, 0)
     found = m.training_loss(x, draws=Draws(0, 0))
     mu, logvar = m.vae.encode(x)
     z = Normal(mu, (logvar / 2).exp()).mean + (logvar / 2).exp() * draws.randn(8, 4)
     x_hat, t, eps = m.vae.decode(z), draws.randint(1000, 8), draws.randn(*x.shape)
     s = ((draws.rand(8) - 0.35) / 0.2).clamp(0, 1)
-    x_cond, code, told, _ = m.conditions(x_hat, z, s, draws.randn(*x.shape))
+    x_cond, code, level, _ = m.network_inputs(x_hat, z, s, draws.randn(*x.shape))
     x_t = m.diffusion.q_sample(x, t, eps, x_cond if m.form == 2 else None)
-    error = (network_of(m, x_cond, code, told)(x_t, t) - m.diffusion.target(x, t, eps)).square().mean(dim=(1, 2, 3))
+    error = (network_of(m, x_cond, code, level)(x_t, t) - m.diffusion.target(x, t, eps)).square().mean(dim=(1, 2, 3))
     diffusion = (m.diffusion.loss_weight(t) * error).mean()
     predicted = m.head.net(z)
     head = (predicted[:, :4].clamp(-20, 10) - logvar).square().mean() + (predicted[:, 4] - (x - x_hat).square().mean(dim=(1, 2, 3)).log()).square().mean()
@@ -102,13 +102,13 @@ def test_gradients_reach_every_trained_part_and_the_heads_loss_nothing_but_the_h
     unreached = [name for name, p in m.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum())]
     assert not unreached, unreached
     m.zero_grad()
-    x_hat, z = plans(m)
-    x_cond, code, told, _ = m.conditions(x_hat, z, torch.full((6,), 0.3), torch.zeros(6, 3, 16, 16))
-    m.diffusion.loss(m.denoiser(x_cond, code, told), images(6), torch.full((6,), 500), images(6)).sum().backward()
+    x_hat, z = coarse(m)
+    x_cond, code, level, _ = m.network_inputs(x_hat, z, torch.full((6,), 0.3), torch.zeros(6, 3, 16, 16))
+    m.diffusion.loss(m.denoiser(x_cond, code, level), images(6), torch.full((6,), 500), images(6)).sum().backward()
     assert all(p.grad is None or not p.grad.abs().sum() for p in m.head.parameters())
 
 
-def test_a_head_learns_to_say_of_new_codes_how_wide_and_how_wrong_they_are():
+def test_a_head_learns_to_predict_for_new_codes_how_wide_and_how_wrong_they_are():
     z = torch.randn(1_200, 4, generator=generator(2))
     logvar, error = z.sin() - 2, (z[:, 0].abs() - 3).exp()
     torch.manual_seed(0)
@@ -126,9 +126,9 @@ def test_a_head_learns_to_say_of_new_codes_how_wide_and_how_wrong_they_are():
 
 # --- uncertainty ----------------------------------------------------------------------------------------------------
 
-def test_each_uncertainty_is_what_it_says_of_plan_and_code_alone():
+def test_each_uncertainty_is_the_named_function_of_x_hat_and_code_alone():
     m = model()
-    x_hat, z = plans(m, 5)
+    x_hat, z = coarse(m, 5)
     with torch.no_grad():
         want = {"re-encode": m.vae.encode(x_hat.clamp(-1, 1))[1].mean(dim=1), "head": m.head.net(z)[:, :4].clamp(-20, 10).mean(dim=1),
                 "cycle": (m.vae.decode(m.vae.encode(x_hat.clamp(-1, 1))[0]) - x_hat).square().mean(dim=(1, 2, 3)),
@@ -142,7 +142,7 @@ def test_each_uncertainty_is_what_it_says_of_plan_and_code_alone():
 
 def test_a_learned_prior_is_its_own_density():
     m = randomised(AdaptiveDiffuseVAE(VAE_CONFIG | {"prior": {"prior": "MoGPrior", "components": 3}}, UNET))
-    x_hat, z = plans(m)
+    x_hat, z = coarse(m)
     with torch.no_grad():
         torch.testing.assert_close(m.uncertainty("density")(x_hat, z), -m.vae.prior.log_prob(z))
 
@@ -177,7 +177,7 @@ def test_ranks_are_shares_of_the_draws_of_the_prior_that_is_sampled_from(name, o
         assert adaptation.rank(m.vae.decode(far), far) == 1.0
 
 
-def test_numbers_follow_the_rank_on_a_line_and_the_control_has_the_same_ones_on_other_plans():
+def test_numbers_follow_the_rank_on_a_line_and_the_control_has_the_same_ones_on_other_images():
     z = torch.linspace(-3, 3, 40)[:, None].expand(-1, 4)
     options = dict(uncertainty=lambda x_hat, z: z[:, 0], quantiles=torch.linspace(-2, 2, 101), strength=(0.2, 0.6), start=(0.5, 1.0))
     rank = ((z[:, 0] + 2) / 4).clamp(0, 1)
@@ -202,7 +202,7 @@ def test_a_ramp_takes_what_lies_between_its_ranks_and_a_step_has_two_sides():
     assert (strength == 0.3).all() and (taken == 6).all()
 
 
-def test_ranges_that_make_no_sense_are_refused():
+def test_ranges_out_of_bounds_are_refused():
     m = model()
     for options, words in (({"strength": (0, 1.5)}, ("strength", "from 0 to 1")), ({"start": (0.0, 1.0)}, ("start", "above 0")),
                            ({"strength": (0.0, 0.5)}, ("strength goes from 0 to 0.5", "no uncertainty"))):
@@ -213,9 +213,9 @@ def test_ranges_that_make_no_sense_are_refused():
     with complains("'density'", "give data"):
         m.adaptation("density", strength=(0.0, 0.5))
     with pytest.raises(ValueError, match="guidance_weight=1"):
-        m.refine(*plans(m), guidance_weight=2.0)
+        m.refine(*coarse(m), guidance_weight=2.0)
     with pytest.raises(ValueError, match="needs z"):
-        m.refine(plans(m)[0])
+        m.refine(coarse(m)[0])
     with pytest.raises(ValueError, match="concat=True and cond_dropout=0"):
         model(cond_dropout=0.1)
     for levels in ((0.5, 0.5), (-0.1, 0.2)):
@@ -226,35 +226,35 @@ def test_ranges_that_make_no_sense_are_refused():
 # --- refining -------------------------------------------------------------------------------------------------------
 
 @variants
-def test_without_an_adaptation_a_refinement_is_that_of_the_diffusion_with_the_clean_plan(options):
+def test_without_an_adaptation_a_refinement_is_that_of_the_diffusion_with_the_clean_x_hat(options):
     m = model(**options)
-    x_hat, z = plans(m)
+    x_hat, z = coarse(m)
     found = m.refine(x_hat, z, steps=3, generator=generator(5))
     with torch.no_grad():
-        x_cond, code, told, _ = m.conditions(x_hat, z, torch.zeros(6), torch.zeros(6, 3, 16, 16))
+        x_cond, code, level, _ = m.network_inputs(x_hat, z, torch.zeros(6), torch.zeros(6, 3, 16, 16))
         noise = torch.randn(6, 3, 16, 16, generator=generator(5))
-        want = GaussianDiffusion(**m.diffusion.config).sample(network_of(m, x_cond, code, told), noise, "dpmpp", 3, x_cond if m.form == 2 else None).clamp(-1, 1)
+        want = GaussianDiffusion(**m.diffusion.config).sample(network_of(m, x_cond, code, level), noise, "dpmpp", 3, x_cond if m.form == 2 else None).clamp(-1, 1)
     torch.testing.assert_close(found, want)
     assert m.sample(4, steps=2, generator=generator()).shape == (4, 3, 16, 16)
 
 
 @variants
-def test_the_bound_on_the_likelihood_is_that_of_the_refiner_with_all_trust(options):
+def test_the_bound_on_the_likelihood_is_that_of_the_refiner_at_full_strength(options):
     m, x = model(**options), torch.randint(256, (4, 3, 16, 16), generator=generator(4)) / 127.5 - 1
     found, draws = m.likelihood_bound(x, image_draws(0, 0, 4), timesteps=3), image_draws(0, 0, 4)
     with torch.no_grad():
         x_hat, z = m.condition(x, draws)
-        x_cond, code, told, _ = m.conditions(x_hat, z, torch.zeros(4), torch.ones_like(x_hat))
-        want = m.diffusion.likelihood_bound(network_of(m, x_cond, code, told), x, draws, 3, m.shift(x_cond))
+        x_cond, code, level, _ = m.network_inputs(x_hat, z, torch.zeros(4), torch.ones_like(x_hat))
+        want = m.diffusion.likelihood_bound(network_of(m, x_cond, code, level), x, draws, 3, m.shift(x_cond))
     assert torch.equal(found["kl"], m.vae.likelihood_bound(x, image_draws(0, 0, 4))["kl"])
     for name, value in want.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("form", [1, 2])
-def test_each_plan_takes_its_own_steps_from_its_own_start(form):
+def test_each_image_takes_its_own_steps_from_its_own_start(form):
     m = model(form=form)
-    x_hat, z = plans(m, 7)
+    x_hat, z = coarse(m, 7)
     adaptation = Adaptation(lambda x_hat, z: z[:, 0], z[:, 0].sort()[0][[0, 2, 4, 6]], strength=(0.0, 0.8), start=(0.1, 1.0))
     calls = []
     m.unet.register_forward_hook(lambda module, args, out: calls.append(len(out)))
@@ -262,21 +262,21 @@ def test_each_plan_takes_its_own_steps_from_its_own_start(form):
     assert sum(calls) / 7 == pytest.approx(adaptation.report()["nfe"])
     g = generator(5)
     noise = torch.randn(7, 3, 16, 16, generator=g)
-    strength, plan = adaptation(x_hat, z, 6)
+    strength, counts = adaptation(x_hat, z, 6)
     own = torch.randn(7, 3, 16, 16, generator=g)
     taken = [max(1, min(6, round(6 * (0.1 + 0.9 * r)))) for r in adaptation.rank(x_hat, z).tolist()]
-    assert taken == plan.tolist() and len(set(taken)) > 2 and min(taken) == 1
+    assert taken == counts.tolist() and len(set(taken)) > 2 and min(taken) == 1
     grid = m.diffusion.timestep_grid(6)
     for i, k in enumerate(taken):
         with torch.no_grad():
-            x_cond, code, told, _ = m.conditions(x_hat[i:i + 1], z[i:i + 1], strength[i:i + 1], own[i:i + 1])
+            x_cond, code, level, _ = m.network_inputs(x_hat[i:i + 1], z[i:i + 1], strength[i:i + 1], own[i:i + 1])
             a = m.diffusion.alphas_cumprod[grid[6 - k]]
             y = noise[i:i + 1] if k == 6 else math.sqrt(a) * x_hat[i:i + 1] + math.sqrt(1 - a) * noise[i:i + 1]
-            want = m.diffusion.sample(network_of(m, x_cond, code, told), y, "dpmpp", grid[-1 - k:], x_cond if form == 2 else None)
+            want = m.diffusion.sample(network_of(m, x_cond, code, level), y, "dpmpp", grid[6 - k:], x_cond if form == 2 else None)
         torch.testing.assert_close(found[i:i + 1], want.clamp(-1, 1), rtol=1e-6, atol=1e-8)
 
 
-def test_ways_of_trusting_share_codes_and_noise():
+def test_strategies_share_codes_and_noise():
     m, data = model(), shapes(60)
     def draw(**asked):
         "Two batches, as an evaluation draws them."
@@ -307,7 +307,7 @@ def test_options_become_an_adaptation_and_the_prior_is_fitted_beside():
 @pytest.mark.parametrize("options", FLOWS, ids=lambda o: o["kind"])
 def test_a_new_flow_changes_nothing(options):
     m = AdaptiveDiffuseVAE(VAE_CONFIG, UNET, flow=options)
-    x_hat, z = plans(m)
+    x_hat, z = coarse(m)
     with torch.no_grad():
         mapped, code, log_det = m.flow(m.vae, x_hat, z, torch.randn(6, 2, generator=generator()))
     torch.testing.assert_close(mapped, x_hat, rtol=1e-3, atol=1e-3)
@@ -337,13 +337,13 @@ def test_another_kind_of_flow_is_refused():
 
 @variants
 def test_a_new_model_is_the_pair_that_it_starts_from(options):
-    "Full trust, nothing trained yet: sample for sample the parent's."
+    "Full strength, nothing trained yet: sample for sample the parent's."
     rest = {k: v for k, v in options.items() if k in ("form", "z_guidance")}
     parent = randomised(DiffuseVAE(VAE_CONFIG, UNET, **rest), scale=0.3)
     m = AdaptiveDiffuseVAE(VAE_CONFIG, UNET, **options)
     m.vae.load_state_dict(parent.vae.state_dict())
     m.unet.load_state_dict(parent.unet.state_dict())
-    x_hat, z = plans(parent)
+    x_hat, z = coarse(parent)
     want = parent.refine(x_hat, z, steps=3, generator=generator())
     torch.testing.assert_close(m.eval().refine(x_hat, z, steps=3, generator=generator()), want, rtol=1e-3, atol=1e-3)
 
@@ -367,14 +367,14 @@ def test_training_moves_refiner_head_and_flow_and_leaves_the_vae(tmp_path):
 
 
 def test_half_precision_reaches_neither_ranks_nor_head():
-    "What decides between plans is computed in full precision; everything else may be halved."
+    "What decides between coarse images is computed in full precision; everything else may be halved."
     m = model(film=True, flow=FLOWS[0]).float().train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = m.training_loss(images().float(), draws=Draws(0, 0))
         loss["loss"].backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in m.parameters()) and loss["loss"].isfinite()
     m.eval()
-    x_hat, z = (v.float() for v in plans(m, 200))
+    x_hat, z = (v.float() for v in coarse(m, 200))
     for name in ("head", "error", "cycle", "re-encode"):
         adaptation = m.adaptation(name, strength=(0.0, 1.0), start=(0.5, 1.0))
         want = adaptation.rank(x_hat, z)
@@ -384,28 +384,28 @@ def test_half_precision_reaches_neither_ranks_nor_head():
 
 
 @pytest.fixture
-def eye():
+def features():
     torch.manual_seed(0)
     return FeatureNetwork(image_size=16, width=4, num_features=6).double()
 
 
 @pytest.mark.parametrize("name", ["uncertainty", "adaptive", "priors", "noise", "truncation"])
-def test_a_study_answers_with_finite_numbers_the_same_ones_every_time(eye, name, monkeypatch):
+def test_a_study_answers_with_finite_numbers_the_same_ones_every_time(features, name, monkeypatch):
     m, asked, refine = model(), [], AdaptiveDiffuseVAE.refine
     monkeypatch.setattr(AdaptiveDiffuseVAE, "refine", lambda self, *args, **options: asked.append(options["steps"]) or refine(self, *args, **options))
-    look = Material(shapes(120), shapes(60, 200), eye, describe(eye, shapes(60, 200)), 12, 7, steps=2)
+    look = Material(shapes(120), shapes(60, 200), features, describe(features, shapes(60, 200)), 12, 7, steps=2)
     text = json.dumps(STUDIES[name](m, look), allow_nan=False)
     assert set(asked) == (set() if name == "uncertainty" else {2})  # the steps of the material, wherever something is refined
     torch.manual_seed(1)
     assert json.dumps(STUDIES[name](m, look)) == text
 
 
-def test_plans_thrown_away_are_the_uncertain_ones_and_the_number_stays(eye, monkeypatch):
-    m, look, seen = model(), Material(shapes(60), shapes(60, 200), eye, describe(eye, shapes(60, 200)), 10, 16), []
-    doubt = m.adaptation("cycle")
+def test_images_left_out_are_the_uncertain_ones_and_the_number_stays(features, monkeypatch):
+    m, look, seen = model(), Material(shapes(60), shapes(60, 200), features, describe(features, shapes(60, 200)), 10, 16), []
+    certain = m.adaptation("cycle")
 
     def refine(x_hat, z, **options):
-        seen.append(doubt.rank(x_hat, z))
+        seen.append(certain.rank(x_hat, z))
         return x_hat
     monkeypatch.setattr(m, "refine", refine)
     found, ranks = STUDIES["truncation"](m, look), torch.cat(seen).reshape(4, -1)
@@ -413,27 +413,27 @@ def test_plans_thrown_away_are_the_uncertain_ones_and_the_number_stays(eye, monk
     assert all(part.max() <= share < part.max() + 0.2 for part, share in zip(ranks, (1.0, 0.75, 0.5, 0.25)))
 
 
-def test_the_kl_of_the_vaes_own_prior_is_the_closed_form_on_average(eye):
+def test_the_kl_of_the_vaes_own_prior_is_the_closed_form_on_average(features):
     m, test = model(), shapes(200, 300)
     m.refine = lambda x_hat, z, **options: x_hat
-    found = STUDIES["priors"](m, Material(shapes(120), test, eye, describe(eye, test), 12, 50))["own"]
+    found = STUDIES["priors"](m, Material(shapes(120), test, features, describe(features, test), 12, 50))["own"]
     mu, logvar = m.vae.encode(test.float().double())
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
     assert found["KL"] == pytest.approx(kl.item(), rel=0.15) and found["ELBO"] < -found["KL"]
 
 
-def test_quarters_go_from_the_most_certain_plans_to_the_least(eye, monkeypatch):
-    "Where the refinement of a doubtful plan is far from every image, its quarter has no precision."
-    eye.factors, eye.forward = False, lambda images: images.double().amax(dim=(2, 3)).repeat(1, 2) / 255  # sees whether there is any light
-    m, look = model(), Material(shapes(60), shapes(60, 200), eye, describe(eye, shapes(60, 200)), 15, 30)
-    doubt = m.adaptation("cycle")
+def test_quarters_go_from_the_most_certain_images_to_the_least(features, monkeypatch):
+    "Where the refinement of an uncertain x̂ is far from every image, its quarter has no precision."
+    features.factors, features.forward = False, lambda images: images.double().amax(dim=(2, 3)).repeat(1, 2) / 255  # sees whether there is any light
+    m, look = model(), Material(shapes(60), shapes(60, 200), features, describe(features, shapes(60, 200)), 15, 30)
+    certain = m.adaptation("cycle")
     real = shapes(60, 200).float().double()
 
     def refine(x_hat, z, **options):
-        good = doubt.rank(x_hat, z) < 0.5
+        good = certain.rank(x_hat, z) < 0.5
         return torch.where(good[:, None, None, None], real[:len(z)], torch.full_like(x_hat, -1.0))
     monkeypatch.setattr(m, "refine", refine)
-    quarters = STUDIES["adaptive"](m, look)["full trust"]["precision by quarter"]
+    quarters = STUDIES["adaptive"](m, look)["full conditioning"]["precision by quarter"]
     assert quarters[0] == 1 and quarters[3] == 0
 
 
@@ -442,16 +442,16 @@ def test_networks_that_read_no_shapes_do_without_agreement(network):
     m = model()
     m.refine = lambda x_hat, z, **options: x_hat
     look = Material(shapes(60), shapes(60, 200), network.double().eval(), describe(network, shapes(60, 200)), 12, 16)
-    assert "agreement" not in STUDIES["adaptive"](m, look)["full trust"]
+    assert "agreement" not in STUDIES["adaptive"](m, look)["full conditioning"]
 
 
-def test_the_ranking_of_uncertainties_finds_the_one_that_is_right(eye, monkeypatch):
+def test_the_ranking_of_uncertainties_finds_the_one_that_is_right(features, monkeypatch):
     m, test = model(), shapes(60, 200)
     real = test.float().double()
     monkeypatch.setattr(m, "uncertainty", lambda name, *args: (lambda x_hat, z: {
         "error": lambda: (x_hat - real[:len(x_hat)]).square().mean(dim=(1, 2, 3)), "head": lambda: -(x_hat - real[:len(x_hat)]).square().mean(dim=(1, 2, 3)),
     }.get(name, lambda: z[:, 0])()))
-    found = STUDIES["uncertainty"](m, Material(shapes(120), test, eye, None, 12, 60))
+    found = STUDIES["uncertainty"](m, Material(shapes(120), test, features, None, 12, 60))
     assert found["error"]["rank correlation"] == pytest.approx(1) and found["head"]["rank correlation"] == pytest.approx(-1)
     assert abs(found["re-encode"]["rank correlation"]) < 0.5
     assert found["error"]["error by tenth"] == sorted(found["error"]["error by tenth"])
@@ -472,9 +472,9 @@ def test_entries_have_names_and_configs_of_their_own_and_what_they_need_exists()
         assert {e.seed for e in entries} == {0, 1, 2}
 
 
-def test_studies_refine_on_the_grid_on_which_the_ways_are_evaluated():
+def test_studies_refine_on_the_grid_on_which_the_strategies_are_evaluated():
     for e in (e for e in entries_of(stage="adaptive") if e.studies):
-        grids = {asked["steps"] for asked in e.evaluations if any(asked.items() >= way.items() for way in WAYS.values() if way)}
+        grids = {asked["steps"] for asked in e.evaluations if any(asked.items() >= options.items() for options in STRATEGIES.values() if options)}
         assert grids == {10} == {e.steps_study}, e.experiment
 
 
@@ -496,13 +496,13 @@ def shown_tables():
 @pytest.mark.parametrize("as_read", [list, tuple])
 def test_what_uses_the_quarter_loses_the_seed_on_which_it_was_chosen(as_read):
     values = {0: 7.0, 1: 8.0, 2: 9.0}
-    for name, asked in WAYS.items():
+    for name, asked in STRATEGIES.items():
         asked = {k: as_read(v) if isinstance(v, list) else v for k, v in asked.items()}
         for more in ({}, {"steps": 10, "prior": "realnvp"}, {"uncertainty": "head"}):
             left = unchosen(values, asked | more)
             assert left == {k: v for k, v in values.items() if "ramp" not in asked or k != CHOSEN_ON}, name
-    assert sum("ramp" in asked for asked in WAYS.values()) == 4 and CHOSEN_ON == 0
-    adaptive, full = (unchosen(values, WAYS[way]) for way in ("adaptive strength", "full trust"))
+    assert sum("ramp" in asked for asked in STRATEGIES.values()) == 4 and CHOSEN_ON == 0
+    adaptive, full = (unchosen(values, STRATEGIES[name]) for name in ("adaptive strength", "full conditioning"))
     assert paired(adaptive, full) is None  # two seeds are left: no claim
 
 

@@ -92,10 +92,10 @@ def test_a_whole_number_of_thousand_images_may_be_written_as_a_float(monkeypatch
     assert [config_hash(e.config) for e in entries_of()] == [config_hash(e.config) for e in ENTRIES]
 
 
-def test_the_ways_that_are_evaluated_are_those_of_the_study():
+def test_the_strategies_that_are_evaluated_are_those_of_the_study():
     measured = [e for e in entry_of(filled("adaptive-normal"), "shapes").evaluations if e["steps"] == 10]
-    for way in adaptive.WAYS.values():
-        assert any(way.items() <= e.items() for e in measured), way
+    for options in adaptive.STRATEGIES.values():
+        assert any(options.items() <= e.items() for e in measured), options
     names = {e["uncertainty"] for e in entry_of(filled("adaptive-normal"), "shapes").evaluations if "uncertainty" in e}
     assert names == set(adaptive.UNCERTAINTIES)
 
