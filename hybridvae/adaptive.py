@@ -222,7 +222,7 @@ class StrengthDenoiser(StrengthInputs):
 
     told: nn.Sequential  # (level, log σ²) -> embedding; the name is part of the weights files
 
-    def denoiser(self, x_hat: torch.Tensor, z: torch.Tensor, level: torch.Tensor | None = None):
+    def denoiser(self, x_hat: torch.Tensor, z: torch.Tensor, level: torch.Tensor | None = None) -> Callable:
         """The network as a function (x_t, t) -> prediction, its conditions held.
 
         With `level` these are what `network_inputs` returns; without it x̂ as it was decoded, at full strength.

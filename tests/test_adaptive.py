@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 VAE_CONFIG = dict(image_size=16, z_dim=4, width=8, multipliers=(1, 2))
 UNET = dict(image_size=16, width=8, multipliers=(1, 2), attention=(8,))
 FLOWS = ({"kind": "realnvp", "layers": 2, "hidden": 8}, {"kind": "glow", "layers": 2, "hidden": 8})
-VARIANTS = [{}, {"film": True}, {"z_guidance": True}, {"form": 2, "film": True, "z_guidance": True}, {"flow": FLOWS[0]}, {"flow": FLOWS[1]}]
+VARIANTS = [{}, {"film": True}, {"z_guidance": True}, {"form": 2, "film": True, "z_guidance": True},
+            {"flow": FLOWS[0]}, {"flow": FLOWS[1]}]
 variants = pytest.mark.parametrize("options", VARIANTS, ids=str)
 
 
@@ -76,6 +77,17 @@ def test_x_hat_fades_into_noise_as_the_strength_grows_and_the_level_is_an_input(
 
 
 @variants
+def test_the_denoiser_without_a_level_is_that_at_full_strength(options):
+    m = model(**options)
+    (x_hat, z), x_t, t = coarse(m), images(6), torch.full((6,), 300)
+    with torch.no_grad():
+        x_cond, code, level, _ = m.network_inputs(x_hat, z, torch.zeros(6), torch.zeros_like(x_hat))
+        want = network_of(m, x_cond, code, level)(x_t, t)
+        for network in (m.denoiser(x_hat, z), m.guided(x_hat, z, 1.0)):
+            torch.testing.assert_close(network(x_t, t), want)
+
+
+@variants
 def test_the_loss_is_that_of_the_diffusion_given_the_noisy_x_hat_and_of_the_head(options):
     m, x, draws = model(**options).train(), images(), Draws(0, 0)
     found = m.training_loss(x, draws=Draws(0, 0))
@@ -88,7 +100,9 @@ def test_the_loss_is_that_of_the_diffusion_given_the_noisy_x_hat_and_of_the_head
     error = (network_of(m, x_cond, code, level)(x_t, t) - m.diffusion.target(x, t, eps)).square().mean(dim=(1, 2, 3))
     diffusion = (m.diffusion.loss_weight(t) * error).mean()
     predicted = m.head.net(z)
-    head = (predicted[:, :4].clamp(-20, 10) - logvar).square().mean() + (predicted[:, 4] - (x - x_hat).square().mean(dim=(1, 2, 3)).log()).square().mean()
+    error = (x - x_hat).square().mean(dim=(1, 2, 3))
+    head = ((predicted[:, :4].clamp(-20, 10) - logvar).square().mean()
+            + (predicted[:, 4] - error.log()).square().mean())
     torch.testing.assert_close(found["diffusion"], diffusion, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(found["loss"], diffusion + head, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(found["posterior_variance"], logvar.exp().mean())
@@ -99,7 +113,8 @@ def test_gradients_reach_every_trained_part_and_the_heads_loss_nothing_but_the_h
     m = model(**options).train()
     m.training_loss(images(), draws=Draws(0, 0))["loss"].backward()
     assert all(p.grad is None for p in m.vae.parameters())
-    unreached = [name for name, p in m.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum())]
+    trained = [(name, p.grad) for name, p in m.named_parameters() if p.requires_grad]
+    unreached = [name for name, grad in trained if grad is None or not grad.abs().sum()]
     assert not unreached, unreached
     m.zero_grad()
     x_hat, z = coarse(m)
@@ -130,14 +145,16 @@ def test_each_uncertainty_is_the_named_function_of_x_hat_and_code_alone():
     m = model()
     x_hat, z = coarse(m, 5)
     with torch.no_grad():
-        want = {"re-encode": m.vae.encode(x_hat.clamp(-1, 1))[1].mean(dim=1), "head": m.head.net(z)[:, :4].clamp(-20, 10).mean(dim=1),
+        want = {"re-encode": m.vae.encode(x_hat.clamp(-1, 1))[1].mean(dim=1),
+                "head": m.head.net(z)[:, :4].clamp(-20, 10).mean(dim=1),
                 "cycle": (m.vae.decode(m.vae.encode(x_hat.clamp(-1, 1))[0]) - x_hat).square().mean(dim=(1, 2, 3)),
                 "error": m.head.net(z)[:, 4], "prior": -Normal(0.0, 1.0).log_prob(z).sum(dim=1)}
         for name, value in want.items():
             torch.testing.assert_close(m.uncertainty(name)(x_hat, z), value)
         density = m.uncertainty("density", shapes(200))(x_hat, z)
         torch.testing.assert_close(density, -m.vae.fitted_prior("realnvp", shapes(200)).log_prob(z))
-    assert set(want) | {"density"} == set(UNCERTAINTIES) and len({tuple(v.tolist()) for v in (*want.values(), density)}) == 6
+    assert set(want) | {"density"} == set(UNCERTAINTIES)
+    assert len({tuple(v.tolist()) for v in (*want.values(), density)}) == 6
 
 
 def test_a_learned_prior_is_its_own_density():
@@ -179,7 +196,8 @@ def test_ranks_are_shares_of_the_draws_of_the_prior_that_is_sampled_from(name, o
 
 def test_numbers_follow_the_rank_on_a_line_and_the_control_has_the_same_ones_on_other_images():
     z = torch.linspace(-3, 3, 40)[:, None].expand(-1, 4)
-    options = dict(uncertainty=lambda x_hat, z: z[:, 0], quantiles=torch.linspace(-2, 2, 101), strength=(0.2, 0.6), start=(0.5, 1.0))
+    options = dict(uncertainty=lambda x_hat, z: z[:, 0], quantiles=torch.linspace(-2, 2, 101), strength=(0.2, 0.6),
+                   start=(0.5, 1.0))
     rank = ((z[:, 0] + 2) / 4).clamp(0, 1)
     strength, taken = Adaptation(**options)(None, z, 100)
     torch.testing.assert_close(strength, 0.2 + 0.4 * rank, atol=0.005, rtol=0)
@@ -192,7 +210,8 @@ def test_numbers_follow_the_rank_on_a_line_and_the_control_has_the_same_ones_on_
 
 def test_a_ramp_takes_what_lies_between_its_ranks_and_a_step_has_two_sides():
     z = torch.linspace(0, 1, 101)[:, None].expand(-1, 4)
-    options = dict(uncertainty=lambda x_hat, z: z[:, 0], quantiles=torch.linspace(0, 1, 101), strength=(0.0, 1.0), start=(0.4, 1.0))
+    options = dict(uncertainty=lambda x_hat, z: z[:, 0], quantiles=torch.linspace(0, 1, 101), strength=(0.0, 1.0),
+                   start=(0.4, 1.0))
     strength, taken = Adaptation(**options, ramp=(0.25, 0.75))(None, z, 10)
     torch.testing.assert_close(strength, ((z[:, 0] - 0.25) / 0.5).clamp(0, 1), atol=0.021, rtol=0)
     strength, taken = Adaptation(**options, ramp=(0.75, 0.75))(None, z, 10)
@@ -204,7 +223,8 @@ def test_a_ramp_takes_what_lies_between_its_ranks_and_a_step_has_two_sides():
 
 def test_ranges_out_of_bounds_are_refused():
     m = model()
-    for options, words in (({"strength": (0, 1.5)}, ("strength", "from 0 to 1")), ({"start": (0.0, 1.0)}, ("start", "above 0")),
+    for options, words in (({"strength": (0, 1.5)}, ("strength", "from 0 to 1")),
+                           ({"start": (0.0, 1.0)}, ("start", "above 0")),
                            ({"strength": (0.0, 0.5)}, ("strength goes from 0 to 0.5", "no uncertainty"))):
         with complains(*words):
             m.adaptation(**options)
@@ -212,6 +232,8 @@ def test_ranges_out_of_bounds_are_refused():
         m.adaptation("prior", strength=(0.0, 0.5), ramp=(0.8, 0.2))
     with complains("'density'", "give data"):
         m.adaptation("density", strength=(0.0, 0.5))
+    with pytest.raises(ValueError, match="quantiles is None"):
+        Adaptation(lambda x_hat, z: z[:, 0]).rank(*coarse(m))
     with pytest.raises(ValueError, match="guidance_weight=1"):
         m.refine(*coarse(m), guidance_weight=2.0)
     with pytest.raises(ValueError, match="needs z"):
@@ -233,7 +255,9 @@ def test_without_an_adaptation_a_refinement_is_that_of_the_diffusion_with_the_cl
     with torch.no_grad():
         x_cond, code, level, _ = m.network_inputs(x_hat, z, torch.zeros(6), torch.zeros(6, 3, 16, 16))
         noise = torch.randn(6, 3, 16, 16, generator=generator(5))
-        want = GaussianDiffusion(**m.diffusion.config).sample(network_of(m, x_cond, code, level), noise, "dpmpp", 3, x_cond if m.form == 2 else None).clamp(-1, 1)
+        shift = x_cond if m.form == 2 else None
+        want = GaussianDiffusion(**m.diffusion.config).sample(
+            network_of(m, x_cond, code, level), noise, "dpmpp", 3, shift).clamp(-1, 1)
     torch.testing.assert_close(found, want)
     assert m.sample(4, steps=2, generator=generator()).shape == (4, 3, 16, 16)
 
@@ -255,7 +279,8 @@ def test_the_bound_on_the_likelihood_is_that_of_the_refiner_at_full_strength(opt
 def test_each_image_takes_its_own_steps_from_its_own_start(form):
     m = model(form=form)
     x_hat, z = coarse(m, 7)
-    adaptation = Adaptation(lambda x_hat, z: z[:, 0], z[:, 0].sort()[0][[0, 2, 4, 6]], strength=(0.0, 0.8), start=(0.1, 1.0))
+    adaptation = Adaptation(lambda x_hat, z: z[:, 0], z[:, 0].sort()[0][[0, 2, 4, 6]], strength=(0.0, 0.8),
+                            start=(0.1, 1.0))
     calls = []
     m.unet.register_forward_hook(lambda module, args, out: calls.append(len(out)))
     found = m.refine(x_hat, z, adaptation=adaptation, steps=6, generator=generator(5))
@@ -272,7 +297,8 @@ def test_each_image_takes_its_own_steps_from_its_own_start(form):
             x_cond, code, level, _ = m.network_inputs(x_hat[i:i + 1], z[i:i + 1], strength[i:i + 1], own[i:i + 1])
             a = m.diffusion.alphas_cumprod[grid[6 - k]]
             y = noise[i:i + 1] if k == 6 else math.sqrt(a) * x_hat[i:i + 1] + math.sqrt(1 - a) * noise[i:i + 1]
-            want = m.diffusion.sample(network_of(m, x_cond, code, level), y, "dpmpp", grid[6 - k:], x_cond if form == 2 else None)
+            shift = x_cond if form == 2 else None
+            want = m.diffusion.sample(network_of(m, x_cond, code, level), y, "dpmpp", grid[6 - k:], shift)
         torch.testing.assert_close(found[i:i + 1], want.clamp(-1, 1), rtol=1e-6, atol=1e-8)
 
 
@@ -281,25 +307,30 @@ def test_strategies_share_codes_and_noise():
     def draw(**asked):
         "Two batches, as an evaluation draws them."
         options = m.sampling_options({"sampler": "ancestral", "steps": 2, **asked}, data)  # draws noise on its way, too
-        return [torch.cat(parts) for parts in zip(*(m.sample_pairs(5, generator=image_draws(0, i, i + 5), **options) for i in (0, 5)))]
+        batches = [m.sample_pairs(5, generator=image_draws(0, i, i + 5), **options) for i in (0, 5)]
+        return [torch.cat(parts) for parts in zip(*batches)]
     plain, fixed, start = draw(), draw(strength=[0.0, 0.0]), draw(start=[0.5, 0.5])
     adaptive, control = (draw(strength=[0.0, 0.9], uncertainty="prior", **more) for more in ({}, {"shuffled": True}))
     for x_hat, _ in (fixed, start, adaptive, control):
         assert torch.equal(x_hat, plain[0])
-    assert torch.equal(plain[1], fixed[1]) and not torch.equal(plain[1], adaptive[1]) and not torch.equal(adaptive[1], control[1])
+    assert torch.equal(plain[1], fixed[1])
+    assert not torch.equal(plain[1], adaptive[1]) and not torch.equal(adaptive[1], control[1])
 
 
 def test_options_become_an_adaptation_and_the_prior_is_fitted_beside():
     m, data = model(), shapes(60)
-    options = m.sampling_options({"sampler": "ddim", "steps": 2, "prior": "ex-pde", "uncertainty": "head", "start": [0.5, 1.0], "ramp": [0.2, 0.9]}, data)
+    options = m.sampling_options({"sampler": "ddim", "steps": 2, "prior": "ex-pde", "uncertainty": "head",
+                                  "start": [0.5, 1.0], "ramp": [0.2, 0.9]}, data)
     assert set(options) == {"sampler", "steps", "prior", "adaptation"}
     assert options["adaptation"].start == [0.5, 1.0] and options["adaptation"].ramp == [0.2, 0.9]
     ranks = m.adaptation("head", options["prior"]).quantiles  # among draws of the prior that is asked for
-    assert torch.equal(options["adaptation"].quantiles, ranks) and not torch.equal(ranks, m.adaptation("head").quantiles)
+    assert torch.equal(options["adaptation"].quantiles, ranks)
+    assert not torch.equal(ranks, m.adaptation("head").quantiles)
     assert m.sampling_options({"steps": 2}, None) == {"steps": 2}
     m.sample(9, generator=generator(), **options)
     report = options["adaptation"].report()
-    assert set(report) == {"mean_rank", "mean_strength", "nfe"} and 1 <= report["nfe"] <= 2 and 0 < report["mean_rank"] < 1
+    assert set(report) == {"mean_rank", "mean_strength", "nfe"}
+    assert 1 <= report["nfe"] <= 2 and 0 < report["mean_rank"] < 1
 
 
 # --- the flow between -----------------------------------------------------------------------------------------------
@@ -354,13 +385,15 @@ def test_a_saved_model_samples_the_same(options, tmp_path):
     for again in (load_model(save_model(m, tmp_path / "m.safetensors")), build_model(m.config)):
         assert again.config == m.config and isinstance(again, DiffuseVAE)
     again = load_model(tmp_path / "m.safetensors")
-    torch.testing.assert_close(m.sample(2, steps=2, generator=generator()), again.sample(2, steps=2, generator=generator()), rtol=1e-4, atol=1e-4)
+    own, other = (each.sample(2, steps=2, generator=generator()) for each in (m, again))
+    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
 
 def test_training_moves_refiner_head_and_flow_and_leaves_the_vae(tmp_path):
     m = AdaptiveDiffuseVAE(VAE_CONFIG, UNET, film=True, flow=FLOWS[0])
     before = {k: v.clone() for k, v in m.state_dict().items()}
-    result = train(m, shapes(), TrainConfig(kimg=0.32, batch_size=16, n_slices=1, lr=1e-2), tmp_path, heldout=shapes(32, 100), progress=False, cpu=True)
+    config = TrainConfig(kimg=0.32, batch_size=16, n_slices=1, lr=1e-2)
+    result = train(m, shapes(), config, tmp_path, heldout=shapes(32, 100), progress=False, cpu=True)
     moved = {k.split(".")[0] for k, v in m.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"unet", "told", "head", "flow"} and result.stopped is None
     assert {"heldout_head", "heldout_diffusion", "log_det", "posterior_variance"} <= set(result.history[-1])
@@ -392,16 +425,20 @@ def features():
 @pytest.mark.parametrize("name", ["uncertainty", "adaptive", "priors", "noise", "truncation"])
 def test_a_study_answers_with_finite_numbers_the_same_ones_every_time(features, name, monkeypatch):
     m, asked, refine = model(), [], AdaptiveDiffuseVAE.refine
-    monkeypatch.setattr(AdaptiveDiffuseVAE, "refine", lambda self, *args, **options: asked.append(options["steps"]) or refine(self, *args, **options))
+    def recorded(self, *args, **options):
+        asked.append(options["steps"])
+        return refine(self, *args, **options)
+    monkeypatch.setattr(AdaptiveDiffuseVAE, "refine", recorded)
     look = Material(shapes(120), shapes(60, 200), features, describe(features, shapes(60, 200)), 12, 7, steps=2)
     text = json.dumps(STUDIES[name](m, look), allow_nan=False)
-    assert set(asked) == (set() if name == "uncertainty" else {2})  # the steps of the material, wherever something is refined
+    assert set(asked) == (set() if name == "uncertainty" else {2})  # those of the material, wherever it refines
     torch.manual_seed(1)
     assert json.dumps(STUDIES[name](m, look)) == text
 
 
 def test_images_left_out_are_the_uncertain_ones_and_the_number_stays(features, monkeypatch):
-    m, look, seen = model(), Material(shapes(60), shapes(60, 200), features, describe(features, shapes(60, 200)), 10, 16), []
+    m, seen = model(), []
+    look = Material(shapes(60), shapes(60, 200), features, describe(features, shapes(60, 200)), 10, 16)
     certain = m.adaptation("cycle")
 
     def refine(x_hat, z, **options):
@@ -424,7 +461,8 @@ def test_the_kl_of_the_vaes_own_prior_is_the_closed_form_on_average(features):
 
 def test_quarters_go_from_the_most_certain_images_to_the_least(features, monkeypatch):
     "Where the refinement of an uncertain x̂ is far from every image, its quarter has no precision."
-    features.factors, features.forward = False, lambda images: images.double().amax(dim=(2, 3)).repeat(1, 2) / 255  # sees whether there is any light
+    features.factors = False
+    features.forward = lambda images: images.double().amax(dim=(2, 3)).repeat(1, 2) / 255  # is there any light?
     m, look = model(), Material(shapes(60), shapes(60, 200), features, describe(features, shapes(60, 200)), 15, 30)
     certain = m.adaptation("cycle")
     real = shapes(60, 200).float().double()
@@ -437,7 +475,11 @@ def test_quarters_go_from_the_most_certain_images_to_the_least(features, monkeyp
     assert quarters[0] == 1 and quarters[3] == 0
 
 
-@pytest.mark.parametrize("network", [FeatureNetwork(image_size=16, width=4, num_features=6, classes=10, factors=False), FaceEncoder(image_size=16, channels=(4, 4), blocks=1, projection=0)], ids=["classes", "faces"])
+CLASSES = FeatureNetwork(image_size=16, width=4, num_features=6, classes=10, factors=False)
+FACES = FaceEncoder(image_size=16, channels=(4, 4), blocks=1, projection=0)
+
+
+@pytest.mark.parametrize("network", [CLASSES, FACES], ids=["classes", "faces"])
 def test_networks_that_read_no_shapes_do_without_agreement(network):
     m = model()
     m.refine = lambda x_hat, z, **options: x_hat
@@ -449,10 +491,12 @@ def test_the_ranking_of_uncertainties_finds_the_one_that_is_right(features, monk
     m, test = model(), shapes(60, 200)
     real = test.float().double()
     monkeypatch.setattr(m, "uncertainty", lambda name, *args: (lambda x_hat, z: {
-        "error": lambda: (x_hat - real[:len(x_hat)]).square().mean(dim=(1, 2, 3)), "head": lambda: -(x_hat - real[:len(x_hat)]).square().mean(dim=(1, 2, 3)),
+        "error": lambda: (x_hat - real[:len(x_hat)]).square().mean(dim=(1, 2, 3)),
+        "head": lambda: -(x_hat - real[:len(x_hat)]).square().mean(dim=(1, 2, 3)),
     }.get(name, lambda: z[:, 0])()))
     found = STUDIES["uncertainty"](m, Material(shapes(120), test, features, None, 12, 60))
-    assert found["error"]["rank correlation"] == pytest.approx(1) and found["head"]["rank correlation"] == pytest.approx(-1)
+    assert found["error"]["rank correlation"] == pytest.approx(1)
+    assert found["head"]["rank correlation"] == pytest.approx(-1)
     assert abs(found["re-encode"]["rank correlation"]) < 0.5
     assert found["error"]["error by tenth"] == sorted(found["error"]["error by tenth"])
 
@@ -474,7 +518,8 @@ def test_entries_have_names_and_configs_of_their_own_and_what_they_need_exists()
 
 def test_studies_refine_on_the_grid_on_which_the_strategies_are_evaluated():
     for e in (e for e in entries_of(stage="adaptive") if e.studies):
-        grids = {asked["steps"] for asked in e.evaluations if any(asked.items() >= options.items() for options in STRATEGIES.values() if options)}
+        grids = {asked["steps"] for asked in e.evaluations
+                 if any(asked.items() >= options.items() for options in STRATEGIES.values() if options)}
         assert grids == {10} == {e.steps_study}, e.experiment
 
 
@@ -510,7 +555,7 @@ def test_the_family_of_the_lesson_says_lower_and_higher_only_where_the_interval_
     (family,) = (table for table in shown_tables() if "p (Holm)" in table)
     rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", family, flags=re.S)]
     assert len(rows) == 25
-    for name, difference, interval, p, verdict, bound, seeds in rows:
+    for name, difference, interval, p, verdict, _, seeds in rows:
         low, high = map(float, interval.strip("[]").split(","))
         assert low <= float(difference) <= high and int(seeds) >= 3, name
         assert verdict == "not told apart" or (float(p) < 0.05 and (high < 0 if verdict == "lower" else low > 0)), name

@@ -1,4 +1,4 @@
-"""Latent diffusion: codes with and without a place, their statistics, what is trained, and the hybrid put together from parts."""
+"""Latent diffusion: codes with and without a place, their statistics, training, and the hybrid of trained parts."""
 import dataclasses
 import json
 import math
@@ -11,7 +11,8 @@ import torch
 from conftest import complains, generator, randomised
 from hybridvae import runs
 from hybridvae.campaign import queue
-from hybridvae.core import Draws, HybridVAEError, build_model, count_flops, load_model, randn, save_model, to_uint8, weights_hash
+from hybridvae.core import (Draws, HybridVAEError, build_model, count_flops, load_model, randn, save_model, to_uint8,
+                            weights_hash)
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
@@ -70,7 +71,8 @@ def test_the_mlp_sees_code_and_time_and_starts_at_zero():
 
 def test_vectors_are_measured_by_dimension_and_places_by_channel():
     codes = torch.randn(500, 8, generator=generator()) * torch.arange(1, 9) + torch.arange(8)
-    vector, places = DiffusionPrior((8,), MLP), DiffusionPrior((2, 2, 2), {"width": 8, "multipliers": [1], "attention": []})
+    vector = DiffusionPrior((8,), MLP)
+    places = DiffusionPrior((2, 2, 2), {"width": 8, "multipliers": [1], "attention": []})
     vector.measure(codes)
     np.testing.assert_allclose(vector.mean, codes.numpy().mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(vector.deviation, codes.numpy().std(axis=0, ddof=1), rtol=1e-5)
@@ -93,7 +95,7 @@ def test_a_number_that_never_changes_does_not_divide_by_zero():
 
 @pytest.mark.parametrize("shape, denoiser", [((3,), MLP), ((3, 4, 4), SMALL)])
 def test_normal_codes_are_drawn_with_the_mean_and_deviation_that_were_measured(shape, denoiser):
-    # for x₀ ~ N(0, I) the best v is 0 at every t, which is what an untrained denoiser says: its draws must be exact
+    # for x₀ ~ N(0, I) the best v is 0 at every t, which is what an untrained denoiser predicts: its draws must be exact
     prior = DiffusionPrior(shape, denoiser, COSINE)
     offset, scale = torch.tensor([5.0, -2.0, 0.5]), torch.tensor([3.0, 0.1, 1.0])
     spread = lambda v: v.repeat_interleave(math.prod(shape) // 3)
@@ -157,7 +159,8 @@ def test_only_the_denoiser_is_trained_and_the_vae_stays_in_evaluation_mode(kind)
     assert not model.vae.training and model.latent.training
     randomised(model).train()
     model.training_loss(images())["loss"].backward()
-    assert all(p.grad is None for p in model.vae.parameters()) and all(p.grad is not None for p in model.latent.denoiser.parameters())
+    assert all(p.grad is None for p in model.vae.parameters())
+    assert all(p.grad is not None for p in model.latent.denoiser.parameters())
 
 
 @kinds
@@ -184,7 +187,8 @@ def test_codes_are_drawn_in_training(kind):
     model.latent.loss = lambda z, draws: seen.append(z) or loss(z, draws)
     model.training_loss(x, draws=Draws(0, 0))
     mu, logvar = model.vae.encode(x)
-    assert seen[0].shape == (8, model.vae.z_dim) and (seen[0][0] - seen[0][2]).abs().max() > 1e-3  # the same image, another draw
+    assert seen[0].shape == (8, model.vae.z_dim)
+    assert (seen[0][0] - seen[0][2]).abs().max() > 1e-3  # the same image, another draw
     eps = Draws(0, 0).randn(*mu.shape)
     torch.testing.assert_close(seen[0], mu + (0.5 * logvar).exp() * eps)
 
@@ -199,7 +203,8 @@ def test_training_measures_the_codes_first_and_the_weights_file_holds_what_was_m
     torch.testing.assert_close(model.latent.deviation.flatten(), codes.std(dim=1), rtol=1e-4, atol=1e-5)
     again = load_model(save_model(model, tmp_path / "model.safetensors"))
     assert weights_hash(again) == weights_hash(model) and again.config == json.loads(json.dumps(model.config))
-    torch.testing.assert_close(again.sample(2, steps=2, generator=generator()), model.sample(2, steps=2, generator=generator()))
+    own, other = (each.sample(2, steps=2, generator=generator()) for each in (again, model))
+    torch.testing.assert_close(own, other)
 
 
 # --- the hybrid -----------------------------------------------------------------------------------------------------
@@ -216,19 +221,21 @@ def counted(model, **options):
 
 
 @kinds
-@pytest.mark.parametrize("options", [{"refine_steps": 1}, {"refine_steps": 4}, {"refine_steps": 6, "start": 1.0}, {"refine_steps": 0}, {}], ids=str)
+@pytest.mark.parametrize("options", [{"refine_steps": 1}, {"refine_steps": 4}, {"refine_steps": 6, "start": 1.0},
+                                     {"refine_steps": 0}, {}], ids=str)
 def test_nfe_is_the_number_of_evaluations_of_both_networks(kind, options):
     model, steps = hybrid(kind), 3
     found = counted(model, steps=steps, **options)
     assert found == {"latent": steps, "unet": options.get("refine_steps", 4)}
     assert model.nfe(steps=steps, **options) == sum(found.values())
     prior = StandardNormal(model.vae.z_dim)
-    assert sum(counted(model, steps=steps, prior=prior, **options).values()) == model.nfe(steps=steps, prior=prior, **options)
+    without = counted(model, steps=steps, prior=prior, **options)
+    assert sum(without.values()) == model.nfe(steps=steps, prior=prior, **options)
 
 
 @pytest.mark.parametrize("form", [1, 2])
 @pytest.mark.parametrize("steps, start", [(1, 0.4), (2, 0.4), (4, 0.4), (3, 0.7)])
-def test_a_refinement_runs_the_last_share_of_the_process_from_the_plan_with_noise(form, steps, start):
+def test_a_refinement_runs_the_last_share_of_the_process_from_x_hat_with_noise(form, steps, start):
     model = hybrid(form=form)
     z = torch.randn(3, 4, generator=generator())
     with torch.no_grad():
@@ -238,20 +245,23 @@ def test_a_refinement_runs_the_last_share_of_the_process_from_the_plan_with_nois
     noise = torch.randn(x_hat.shape, generator=generator(1))
     refined = model.refine(x_hat, z, steps=steps, start=start, noise=noise)
     handle.remove()
-    assert [at for _, at in seen] == pytest.approx([1000 * start * (steps - i) / steps - 1 for i in range(steps)], abs=0.51)
+    grid = [1000 * start * (steps - i) / steps - 1 for i in range(steps)]
+    assert [at for _, at in seen] == pytest.approx(grid, abs=0.51)
     alpha_bar = model.diffusion.alphas_cumprod[seen[0][1]]
     want = math.sqrt(alpha_bar) * x_hat + math.sqrt(1 - alpha_bar) * noise + (x_hat if form == 2 else 0)
     torch.testing.assert_close(seen[0][0], want, rtol=1e-4, atol=1e-5)
     assert refined.shape == x_hat.shape and refined.abs().max() <= 1
 
 
-def test_from_noise_it_is_the_refinement_of_a_diffusevae_and_without_steps_the_plan():
+def test_from_noise_it_is_the_refinement_of_a_diffusevae_and_without_steps_x_hat():
     model = hybrid(z_guidance=True)
     plain = DiffuseVAE(VECTOR, UNET, COSINE, z_guidance=True).eval()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("latent.")})
     z = torch.randn(3, 4, generator=generator())
     x_hat = model.vae.decode(z).detach()
-    torch.testing.assert_close(model.refine(x_hat, z, steps=3, start=1.0, generator=generator()), plain.refine(x_hat, z, steps=3, generator=generator()))
+    own, other = (each.refine(x_hat, z, steps=3, generator=generator(), **more)
+                  for each, more in ((model, {"start": 1.0}), (plain, {})))
+    torch.testing.assert_close(own, other)
     assert torch.equal(model.refine(x_hat, z, steps=0), x_hat.clamp(-1, 1))
 
 
@@ -273,7 +283,8 @@ def test_half_precision_changes_little_and_stays_finite(kind):
         found = {}
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                found[enabled] = model.training_loss(images(), draws=Draws(0, 0))["loss"], model.sample(4, steps=3, generator=generator())
+                loss = model.training_loss(images(), draws=Draws(0, 0))["loss"]
+                found[enabled] = loss, model.sample(4, steps=3, generator=generator())
         assert found[True][0].dtype == found[True][1].dtype == torch.float32 and torch.isfinite(found[True][1]).all()
         torch.testing.assert_close(found[True][0], found[False][0], rtol=0.05, atol=0.05)
         assert (found[True][1] - found[False][1]).abs().mean() < 0.1
@@ -306,15 +317,21 @@ def test_an_entry_without_training_is_put_together_from_trained_parts(tmp_path):
     pair = {"model": "DiffuseVAE", "vae": small, "unet": unet}
     entries = [Entry("a", "shapes", {"model": "VAE", **small}, tiny, subset=40),
                Entry("b", "shapes", pair, tiny, subset=40, depends_on={"vae": "a"}),
-               Entry("c", "shapes", {"model": "LatentDiffusion", "vae": small, "denoiser": MLP}, tiny, subset=40, depends_on={"vae": "a"}),
-               Entry("d", "shapes", pair | {"model": "LatentDiffuseVAE", "denoiser": MLP}, None, subset=40, depends_on={"vae": "b", "unet": "b", "latent": "c"})]
+               Entry("c", "shapes", {"model": "LatentDiffusion", "vae": small, "denoiser": MLP}, tiny, subset=40,
+                     depends_on={"vae": "a"}),
+               Entry("d", "shapes", pair | {"model": "LatentDiffuseVAE", "denoiser": MLP}, None, subset=40,
+                     depends_on={"vae": "b", "unet": "b", "latent": "c"})]
     record = run_entry(entries[3], entries, tmp_path, cpu=True, progress=False)
-    assert (record["kimg"], record["train_seconds"], record["history"]) == (0, 0, []) and record["config"]["train"] is None
-    assert not entries[3].missing(record) and run_entry(entries[3], entries, tmp_path, cpu=True, progress=False) == record
+    assert (record["kimg"], record["train_seconds"], record["history"]) == (0, 0, [])
+    assert record["config"]["train"] is None
+    assert not entries[3].missing(record)
+    assert run_entry(entries[3], entries, tmp_path, cpu=True, progress=False) == record
     a, b, c, d = (load_model(tmp_path / "shapes-40" / name / "seed0" / "model.safetensors") for name in "abcd")
-    assert weights_hash(d.vae) == weights_hash(a) and weights_hash(d.unet) == weights_hash(b.unet) and weights_hash(d.latent) == weights_hash(c.latent)
+    for part, other in ((d.vae, a), (d.unet, b.unet), (d.latent, c.latent)):
+        assert weights_hash(part) == weights_hash(other)
     assert record["depends_on"] == {"b": weights_hash(b), "c": weights_hash(c)}
-    other = [Entry("e", "shapes", {"model": "VAE", **small}, tiny | {"lr": 1e-4}, subset=40), dataclasses.replace(entries[2], experiment="f", depends_on={"vae": "e"})]
+    other = [Entry("e", "shapes", {"model": "VAE", **small}, tiny | {"lr": 1e-4}, subset=40),
+             dataclasses.replace(entries[2], experiment="f", depends_on={"vae": "e"})]
     mixed = dataclasses.replace(entries[3], experiment="g", depends_on={"vae": "b", "unet": "b", "latent": "f"})
     with complains("g is put together from parts of different VAEs", "train its parts again"):
         run_entry(mixed, [*entries, *other, mixed], tmp_path, cpu=True, progress=False)
@@ -330,7 +347,7 @@ def material(n=60):
 
 
 @kinds
-def test_the_ceiling_is_the_distance_of_training_images_and_of_their_reconstructions(kind):
+def test_the_reconstruction_limit_is_the_distance_of_training_images_and_of_their_reconstructions(kind):
     model, m = latent(kind), material()
     found = STUDIES["ceiling"](model, m)
     x = m.train.first(60).float()
@@ -341,18 +358,19 @@ def test_the_ceiling_is_the_distance_of_training_images_and_of_their_reconstruct
     assert found["drawn code"]["FD"] != found["mean code"]["FD"]
 
 
-def test_the_ceiling_of_a_hybrid_is_also_measured_after_refinement():
+def test_the_reconstruction_limit_of_a_hybrid_is_also_measured_after_refinement():
     found = STUDIES["ceiling"](hybrid(), material(n=20))
     assert found["refined"]["FD"] != found["drawn code"]["FD"] and found["refined"]["FD"] > 0
 
 
-def test_a_prior_that_fits_is_not_told_from_codes_and_one_that_does_not_is():
+def test_a_prior_that_fits_is_not_separated_from_codes_and_one_that_does_not_is():
     model, m = latent("vector"), material()
     model.latent.sample = lambda n, g, **_: 50 + randn((n, 4), g)  # far away
     model.vae.encode = lambda x: (torch.zeros(len(x), 4), torch.zeros(len(x), 4))  # codes are N(0, I)
     found = STUDIES["code_fit"](model, m)
     assert found["diffusion"]["accuracy"] > 0.95 and found["N(0, I)"]["accuracy"] < 0.75
-    assert set(found) == {"n", "diffusion", "N(0, I)", "ex-pde", "realnvp"} and found["diffusion"]["FD"] != found["N(0, I)"]["FD"]
+    assert set(found) == {"n", "diffusion", "N(0, I)", "ex-pde", "realnvp"}
+    assert found["diffusion"]["FD"] != found["N(0, I)"]["FD"]
 
 
 # --- what a sample costs, and what is gained -----------------------------------------------------------------------
@@ -379,14 +397,16 @@ DDPM = [(9.0, 0.9), (10.0, 0.89), (11.0, 0.88)]
 
 def timed(monkeypatch, seconds):
     "Times as if measured: (experiment, refine_steps) -> seconds per image, in three steps of DPM-Solver++."
-    rows = [{"experiment": name, "evaluation": {"sampler": "dpmpp", "steps": 3} | ({} if k is None else {"refine_steps": k}),
+    options = lambda k: {} if k is None else {"refine_steps": k}
+    rows = [{"experiment": name, "evaluation": {"sampler": "dpmpp", "steps": 3} | options(k),
              "seconds_per_image": s} for (name, k), s in seconds.items()]
     monkeypatch.setattr(runs, "sampling_times", lambda dataset: rows)
 
 
 def test_the_operations_of_a_sample_are_those_of_its_parts():
     width, dim, blocks = 8, 4, 1
-    macs = dim * width + 2 * width * width + blocks * (2 * width * width + 8 * width * width) + width * dim  # stem, time, modulation and body, head
+    block = 2 * width * width + 8 * width * width  # modulation, body
+    macs = dim * width + 2 * width * width + blocks * block + width * dim  # stem, time, blocks, head
     model = latent("vector")
     decoder = count_flops(lambda: model.vae.decode(torch.zeros(1, 4)))
     assert sampling_flops(record_of(model, 1)) == 3 * 2 * macs + decoder
@@ -481,7 +501,7 @@ LESSON = Path(__file__).parents[1] / "nbs" / "04_latent_diffusion.ipynb"
 
 
 def sentence(records, family=None):
-    "What the lesson's `in_words` says of these records."
+    "The sentence that the lesson's `in_words` makes of these records."
     sources = ["".join(c["source"]) for c in json.loads(LESSON.read_text())["cells"]]
     kinds = {"FD": "FD", "texture distance": "texture distance",
              "high-frequency power": "sharpness: high-frequency power"}
@@ -490,7 +510,7 @@ def sentence(records, family=None):
     names = {"gain": gain, "RECORDS": {"shapes": records}, "HybridVAEError": HybridVAEError, "KINDS": kinds,
              "FEWEST": 1, "TIMES_LESS": TIMES_LESS, "mean_and_spread": runs.mean_and_spread,
              "FAMILY": {"shapes": paired_family(pairs)}}
-    for function in ("said", "goal_in_words", "in_time", "in_words"):
+    for function in ("compared", "goal_in_words", "in_time", "in_words"):
         [source] = [s for s in sources if f"def {function}(" in s]
         exec(source, names)
     return names["in_words"]("shapes", "latent", "ddpm")
@@ -503,7 +523,7 @@ def test_sentences_on_a_gain_do_without_a_time(monkeypatch):
     assert "goal open (FD kept, sharpness kept, time open)" in said
 
 
-def test_a_sentence_says_lower_only_where_the_interval_leaves_out_zero(monkeypatch):
+def test_a_sentence_has_lower_only_where_the_interval_leaves_out_zero(monkeypatch):
     timed(monkeypatch, {("latent", None): 0.01, ("ddpm", None): 1.0})
     rng = np.random.default_rng(0)
     seen = set()
@@ -552,7 +572,8 @@ def test_entries_are_fair(dataset):
     assert {1, 2, 4} < set(refined) and ours["latent-hybrid"].train is None
 
 
-@pytest.mark.parametrize("dataset, shape", [("shapes", (4, 8, 8)), ("cifar10", (4, 8, 8)), ("celeba64", (4, 16, 16)), ("celeba256", (4, 32, 32))])
+@pytest.mark.parametrize("dataset, shape", [("shapes", (4, 8, 8)), ("cifar10", (4, 8, 8)),
+                                            ("celeba64", (4, 16, 16)), ("celeba256", (4, 32, 32))])
 def test_codes_have_the_sizes_that_are_named_and_parts_fit_together(dataset, shape):
     entries = {e.experiment: e for e in entries_of(dataset, "latent") if e.seed == 0}
     assert build_model(entries["latent"].model).vae.code_shape == shape
@@ -569,7 +590,8 @@ def test_codes_have_the_sizes_that_are_named_and_parts_fit_together(dataset, sha
 
 def test_three_seeds_where_claims_are_made():
     for dataset in DATASETS:
-        seeds = {name: [e.seed for e in entries_of(dataset, "latent") if e.experiment == name] for name in ("latent", "latent-mlp-long", "latent-hybrid")}
+        entries, names = entries_of(dataset, "latent"), ("latent", "latent-mlp-long", "latent-hybrid")
+        seeds = {name: [e.seed for e in entries if e.experiment == name] for name in names}
         assert all(found == ([0] if dataset == "celeba256" else [0, 1, 2]) for found in seeds.values())
 
 
@@ -579,7 +601,7 @@ def test_the_shipped_weights_are_those_of_an_experiment_that_is_kept():
     assert json.loads(json.dumps(build_model(kept.model).config)) == json.loads(json.dumps(config))
 
 
-def test_the_lesson_talks_only_of_experiments_that_exist():
+def test_the_lesson_names_only_experiments_that_exist():
     text = "".join("".join(c["source"]) for c in json.loads(LESSON.read_text())["cells"])
     known = {e.experiment for e in entries_of()}
     names = r"\blatent(?:-(?:vae|mlp|form\d|hybrid|long|free|tight|coarse|spatial|512))+\b"
