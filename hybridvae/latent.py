@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['YARDSTICKS', 'TIMES_LESS', 'TIMES_AS_FAR', 'CodeStatistics', 'ResidualMLP', 'CodeProcess', 'DiffusionPrior',
-           'CodeTraining', 'CodeSampling', 'FrozenVAEModel', 'LatentDiffusion', 'PartialRefinement', 'HybridMeasures',
+           'CodeTraining', 'CodeSampling', 'CodeModel', 'LatentDiffusion', 'coarse_start', 'HybridSampling',
            'LatentDiffuseVAE', 'ceiling_study', 'code_fit_study', 'sampling_flops', 'gain']
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-002
 #| code-fold: true
 import functools
 import json
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -133,7 +134,7 @@ class DiffusionPrior(CodeProcess):
         return self.from_noise(noise.to(self.mean.device), generator, **options).to(noise.device)
 
 # %% ../nbs/04_latent_diffusion.ipynb #869624d0
-class CodeTraining:
+class CodeTraining(nn.Module):
     "Training of a diffusion of a frozen VAE's codes. Base of `LatentDiffusion` and `LatentDiffuseVAE`."
 
     vae: VAE
@@ -168,8 +169,8 @@ class CodeSampling(CodeTraining):
         return self.vae.sampling_options(options, data, seed)
 
 # %% ../nbs/04_latent_diffusion.ipynb #63a45b58
-class FrozenVAEModel(CodeSampling, Model):
-    "What a model with a frozen VAE and a denoiser of its codes adds to a `Model`. Base of `LatentDiffusion`."
+class CodeModel(CodeSampling):
+    "What training and records ask of a model with a frozen VAE and a denoiser of its codes. Base of `LatentDiffusion`."
 
     def train(self, mode: bool = True):
         "Training mode for the denoiser; the VAE stays in evaluation mode."
@@ -186,7 +187,7 @@ class FrozenVAEModel(CodeSampling, Model):
         return [self.latent.denoiser, *self.vae.networks()]
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-014
-class LatentDiffusion(FrozenVAEModel):
+class LatentDiffusion(CodeModel, Model):
     """Diffusion in the latent space of a frozen VAE, whose decoder makes images of its codes (Rombach et al. 2022).
 
     Trained on codes drawn from q(z|x). Sampler and steps are those of the latent process; the decoder is one pass.
@@ -212,52 +213,53 @@ class LatentDiffusion(FrozenVAEModel):
         return self.vae.decode(self.draw_codes(n, prior, sampler, steps, generator)).clamp(-1, 1)
 
 # %% ../nbs/04_latent_diffusion.ipynb #e103c935
-class PartialRefinement(DiffuseVAE):
-    "A DiffuseVAE that runs only the last part of the process in pixels. Base of `LatentDiffuseVAE`."
+def coarse_start(
+    diffusion: GaussianDiffusion,
+    steps: int,  # network evaluations
+    start: float,  # share of the process that is run, its last part
+    x_hat: torch.Tensor,  # (B, C, H, W)
+    noise: torch.Tensor,  # ε, (B, C, H, W)
+) -> tuple[list[int], torch.Tensor]:
+    """Timesteps, and where they begin: x̂ with the noise of the first (Meng et al. 2022); noise for a share of 1.
 
-    @torch.no_grad()
-    def refine(self, x_hat: torch.Tensor, z: torch.Tensor | None = None, *, steps: int = 4, start: float = 0.4,
-               noise: torch.Tensor | None = None, generator: Source = None, **options) -> torch.Tensor:
-        """As in `DiffuseVAE.refine`, but only the last share `start` of the process is run, in so many steps.
-
-        It begins at x̂ with the noise of its first timestep (Meng et al. 2022). 0 steps: x̂ itself. Raises `ValueError`
-        as `GaussianDiffusion.timestep_grid` does.
-        """
-        if not steps:
-            return x_hat.clamp(-1, 1)
-        grid = self.diffusion.timestep_grid(steps, start)
-        noise = randn(x_hat.shape, generator).to(x_hat.device) if noise is None else noise
-        if start < 1:
-            first = torch.full((len(x_hat),), grid[0], device=x_hat.device)
-            noise = self.diffusion.q_sample(x_hat, first, noise)
-        options |= {"steps": grid, "noise": noise, "generator": generator}
-        return super().refine(x_hat, z, **options)
+    Raises `ValueError` as `GaussianDiffusion.timestep_grid` does.
+    """
+    grid = diffusion.timestep_grid(steps, start)
+    first = torch.full((len(x_hat),), grid[0], device=x_hat.device)
+    return grid, noise if start == 1 else diffusion.q_sample(x_hat, first, noise)
 
 # %% ../nbs/04_latent_diffusion.ipynb #270befbf
-class HybridMeasures(CodeSampling, PartialRefinement):
-    "What a sample of the hybrid costs. Base of `LatentDiffuseVAE`."
+class HybridSampling(CodeSampling):
+    "Samples of the hybrid, and what they cost. Base of `LatentDiffuseVAE`."
 
-    # codes have no density here, and only a share of the refiner's process is run: studies leave the bound out
-    likelihood_bound = None  # type: ignore[assignment]
+    unet: UNet
+    refine: Callable[..., torch.Tensor]
+
+    @torch.no_grad()
+    def sample_pairs(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, refine_steps: int = 4,
+                     generator: Source = None, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        "n coarse images and their refinements; z from another `prior`, which needs no steps, if one is given."
+        z = self.draw_codes(n, prior, sampler, steps, generator)
+        x_hat = self.vae.decode(z)
+        return x_hat, self.refine(x_hat, z, sampler=sampler, steps=refine_steps, generator=generator, **options)
 
     def nfe(self, steps: int, guidance_weight: float = 1.0, *, refine_steps: int = 4, prior=None, **options) -> int:
         "Evaluations of both networks for an image; of the U-Net alone where codes come from another prior."
         of_codes = steps if prior is None else 0
-        return of_codes + super().nfe(refine_steps, guidance_weight, **options)
+        return of_codes + Model.nfe(cast(Model, self), refine_steps, guidance_weight)
 
     def networks(self) -> list[nn.Module]:
         "Both denoisers and the VAE's parts."
-        return [self.latent.denoiser, *super().networks()]
+        return [self.latent.denoiser, self.unet, *self.vae.networks()]
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-031
-class LatentDiffuseVAE(HybridMeasures):
+class LatentDiffuseVAE(HybridSampling, DiffuseVAE):
     """A DiffuseVAE whose codes are drawn by a diffusion model; a few steps in pixels refine the coarse image.
 
-    Put together from a trained refiner and a trained `DiffusionPrior` of the same VAE's codes (entry `depends_on`);
-    training on trains the prior alone. `denoiser` as in `DiffusionPrior`, `latent_diffusion` are arguments of the
-    codes' `GaussianDiffusion`, the others as in `DiffuseVAE`. Sampling takes `steps` of the latent denoiser, then
-    `refine_steps` of the U-Net.
-    """
+    Made of a trained refiner and a trained `DiffusionPrior` of the same VAE's codes; training on trains the prior.
+    `denoiser` and `latent_diffusion` are the prior's, the other arguments as in `DiffuseVAE`."""
+
+    likelihood_bound = None  # type: ignore[assignment]  # codes have no density here: the study leaves it out
 
     def __init__(self, *args, denoiser: dict, latent_diffusion: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -267,12 +269,14 @@ class LatentDiffuseVAE(HybridMeasures):
                         "latent_diffusion": self.latent.diffusion.config}
 
     @torch.no_grad()
-    def sample_pairs(self, n: int, *, prior=None, sampler: str = "dpmpp", steps: int = 20, refine_steps: int = 4,
-                     generator: Source = None, **options) -> tuple[torch.Tensor, torch.Tensor]:
-        "n coarse images and their refinements; z from another `prior`, which needs no steps, if one is given."
-        z = self.draw_codes(n, prior, sampler, steps, generator)
-        x_hat = self.vae.decode(z)
-        return x_hat, self.refine(x_hat, z, sampler=sampler, steps=refine_steps, generator=generator, **options)
+    def refine(self, x_hat: torch.Tensor, z: torch.Tensor | None = None, *, steps: int = 4, start: float = 0.4,
+               noise: torch.Tensor | None = None, generator: Source = None, **options) -> torch.Tensor:
+        "As in `DiffuseVAE.refine`, in so many steps from where `coarse_start` begins; x̂ itself without steps."
+        if not steps:
+            return x_hat.clamp(-1, 1)
+        noise = randn(x_hat.shape, generator).to(x_hat.device) if noise is None else noise
+        grid, y = coarse_start(self.diffusion, steps, start, x_hat, noise)
+        return super().refine(x_hat, z, **options | {"steps": grid, "noise": y, "generator": generator})
 
 # %% ../nbs/04_latent_diffusion.ipynb #cell-043
 @study

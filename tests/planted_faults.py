@@ -92,7 +92,7 @@ FAULTS = [
     Fault("diffusion of mean codes", "latent.py", "            z = reparameterize(mu, logvar, draws.randn(*mu.shape))\n        loss = ", "            z = mu\n        loss = ",
           "test_latent.py::test_codes_are_drawn_in_training"),
     Fault("a short refinement begins at pure noise", "latent.py",
-          "            noise = self.diffusion.q_sample(x_hat, first, noise)\n", "            pass\n",
+          "noise if start == 1 else diffusion.q_sample(x_hat, first, noise)", "noise",
           "test_latent.py::test_a_refinement_runs_the_last_share_of_the_process_from_x_hat_with_noise"),
     Fault("steps of a diffusion that is not run", "latent.py", "of_codes = steps if prior is None else 0", "of_codes = steps",
           "test_latent.py::test_nfe_is_the_number_of_evaluations_of_both_networks"),
