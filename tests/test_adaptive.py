@@ -243,7 +243,7 @@ def test_the_bound_on_the_likelihood_is_that_of_the_refiner_with_all_trust(optio
     m, x = model(**options), torch.randint(256, (4, 3, 16, 16), generator=generator(4)) / 127.5 - 1
     found, draws = m.likelihood_bound(x, image_draws(0, 0, 4), timesteps=3), image_draws(0, 0, 4)
     with torch.no_grad():
-        x_hat, z = m.condition(x, draws)
+        x_hat, z = m.draw_coarse(x, draws)
         x_cond, code, told, _ = m.conditions(x_hat, z, torch.zeros(4), torch.ones_like(x_hat))
         want = m.diffusion.likelihood_bound(network_of(m, x_cond, code, told), x, draws, 3, m.shift(x_cond))
     assert torch.equal(found["kl"], m.vae.likelihood_bound(x, image_draws(0, 0, 4))["kl"])
