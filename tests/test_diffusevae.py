@@ -483,7 +483,8 @@ def diffusers_vae():
                         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
 
 
-@pytest.mark.parametrize("make", [LinearVAE, diffusers_vae, lambda: VAE(**VAE_CONFIG)], ids=["linear", "diffusers", "VAE"])
+@pytest.mark.parametrize("make", [LinearVAE, diffusers_vae, lambda: VAE(**VAE_CONFIG)],
+                         ids=["linear", "diffusers", "VAE"])
 def test_any_model_that_keeps_the_contract_takes_the_vaes_place(make, tmp_path):
     vae = make().double()
     m = randomised(DiffuseVAE(vae, UNET, form=2, z_guidance=True), scale=0.3)
@@ -533,7 +534,8 @@ def test_an_attributes_direction_is_the_difference_of_mean_codes():
     mu = m.encode(data.float())[0]
     torch.testing.assert_close(attribute_direction(m, data, mask), mu[mask].mean(dim=0) - mu[~mask].mean(dim=0))
     first = np.flatnonzero(mask)[:2], np.flatnonzero(~mask)[:2]
-    torch.testing.assert_close(attribute_direction(m, data, mask, n=2), mu[first[0]].mean(dim=0) - mu[first[1]].mean(dim=0))
+    difference = mu[first[0]].mean(dim=0) - mu[first[1]].mean(dim=0)
+    torch.testing.assert_close(attribute_direction(m, data, mask, n=2), difference)
     for empty in (mask & False, mask | True):
         with complains("30 images of shapes"):
             attribute_direction(m, data, empty)
@@ -604,7 +606,7 @@ def test_more_noise_takes_an_unrefined_image_further_away(eye):
         heldout = to_uint8(m.vae.decode(codes(200, seed=3)))
     answer = STUDIES["robustness"](m, material(eye, n=200, batch=100, heldout=heldout))
     for where in ("noise on x̂", "noise on z"):
-        far = answer[where][::2]  # 0, 0.2, 0.8: noise of 0.1 on z changes its variance by a hundredth, less than chance does
+        far = answer[where][::2]  # 0, 0.2, 0.8: noise of 0.1 changes the variance of z by less than chance does
         assert far == sorted(far) and far[-1] > 1.5 * far[0], answer
 
 
@@ -790,17 +792,20 @@ def test_the_protocol_of_the_design_is_asked_for():
     "20 steps of DPM-Solver++ with all images in every record; samplers and steps with fewer at seed 0; ancestral once."
     full = {"shapes": 2_000, "cifar10": 10_000, "celeba64": 5_000, "celeba256": 2_000}
     for dataset, n in full.items():
-        entries = [e for e in entries_of(dataset, "diffusevae") if e.evaluations and not e.experiment.endswith(campaign.SIZES) and not e.experiment.startswith("trial-")]
+        entries = [e for e in entries_of(dataset, "diffusevae") if e.evaluations
+                   and not e.experiment.endswith(campaign.SIZES) and not e.experiment.startswith("trial-")]
         small = dataset in ("cifar10", "celeba64")
         for e in entries:
             one_shot = e.model["model"] == "VAE"
             main = {"sampler": None if one_shot else "dpmpp", "steps": 1 if one_shot else 20, "n": n}
             fitted = {"prior": "ex-pde"} if small and e.experiment != "ddpm" else {}  # the code holds much
             assert e.evaluations[0] == main | fitted and main in e.evaluations
-            curve = {(v["sampler"], v["steps"]) for v in e.evaluations if v["sampler"] in ("dpmpp", "ddim") and v["n"] < n}
-            if e.seed == 0 and e.experiment in (("ddpm", "diffusevae-form1-z") if small else ("ddpm", "diffusevae-form2")):
+            curve = {(v["sampler"], v["steps"]) for v in e.evaluations
+                     if v["sampler"] in ("dpmpp", "ddim") and v["n"] < n}
+            if e.seed == 0 and e.experiment in ("ddpm", "diffusevae-form1-z" if small else "diffusevae-form2"):
                 assert curve >= {(s, steps) for s in ("dpmpp", "ddim") for steps in (10, 20, 50)}
-        ancestral = [e for e in entries if any(v["sampler"] == "ancestral" and v["steps"] == 1000 for v in e.evaluations)]
+        ancestral = [e for e in entries
+                     if any(v["sampler"] == "ancestral" and v["steps"] == 1000 for v in e.evaluations)]
         assert len(ancestral) == 1
         seeds = {e.experiment: {f.seed for f in entries if f.experiment == e.experiment} for e in entries}
         assert dataset == "celeba256" or seeds["diffusevae-form1"] == seeds["ddpm"] == seeds["vae"] == {0, 1, 2}
@@ -811,12 +816,15 @@ def test_the_full_size_is_the_papers_recipe_and_a_pair_with_its_control():
         full = {e.experiment: e for e in entries_of(dataset, "diffusevae") if e.experiment.endswith("-full")}
         assert full.keys() == {"vae-full", "ddpm-full", "diffusevae-form1-z-full"}
         ddpm, hybrid = full["ddpm-full"], full["diffusevae-form1-z-full"]
-        assert ddpm.train == hybrid.train and ddpm.model["unet"] == hybrid.model["unet"] and hybrid.depends_on == {"vae": "vae-full"}
+        assert ddpm.train == hybrid.train and ddpm.model["unet"] == hybrid.model["unet"]
+        assert hybrid.depends_on == {"vae": "vae-full"}
         for e in (ddpm, hybrid):
-            assert e.model["diffusion"] == {"schedule": "linear", "timesteps": 1000, "prediction": "eps", "weighting": "simple"}
+            assert e.model["diffusion"] == {"schedule": "linear", "timesteps": 1000, "prediction": "eps",
+                                            "weighting": "simple"}
             assert {(v["sampler"], v["steps"]) for v in e.evaluations} == {("dpmpp", 20), ("ancestral", 1000)}
             decay = TrainConfig(**e.train).ema_decay_at(10**9)
-            assert decay == pytest.approx(0.9999, abs=1e-6) and e.train["warmup_kimg"] == 5_000 * e.train["batch_size"] / 1000
+            assert decay == pytest.approx(0.9999, abs=1e-6)
+            assert e.train["warmup_kimg"] == 5_000 * e.train["batch_size"] / 1000
 
 
 def test_studies_take_the_steps_of_the_main_evaluation():
