@@ -82,7 +82,7 @@ class FrozenVAE(nn.Module):
         self.image_shape = self.vae.image_shape
 
     def train(self, mode: bool = True) -> Self:
-        "Training mode for the rest of the model; the VAE stays in evaluation mode."
+        "Training mode for all but the VAE, which stays in evaluation mode."
         super().train(mode)
         self.vae.eval()
         return self
@@ -96,31 +96,37 @@ class FrozenVAE(nn.Module):
         z = reparameterize(mu, logvar, draws.randn(*mu.shape))  # z = μ + σ ε
         return self.vae.decode(z), z
 
+# %% ../nbs/01_diffusevae.ipynb #d1f5a024
+#| code-fold: true
+def _config_of(model: "RefinerParts") -> dict:
+    "The arguments that make a model with these parts, JSON-able."
+    parts = {"vae": model.vae.config, "unet": model.unet.config, "diffusion": model.diffusion.config}
+    return parts | {name: getattr(model, name) for name in ("form", "z_guidance", "concat", "cond_dropout")}
+
 # %% ../nbs/01_diffusevae.ipynb #d1f5a005
 class RefinerParts(FrozenVAE):
-    "A frozen VAE, a U-Net and a diffusion process: the parts of a `DiffuseVAE`."
+    "The parts of a `DiffuseVAE`: a frozen VAE, a U-Net, a diffusion process."
 
     def __init__(
         self,
-        vae: dict | CoarseModel,  # config of a `VAE`; or a model, which is frozen
+        vae: dict | CoarseModel,  # config of a `VAE`, or a model to freeze
         unet: dict,  # arguments of `UNet`, without cond_channels and z_dim
         diffusion: dict | None = None,  # arguments of `GaussianDiffusion`
         form: int = 1,  # 1 or 2
         z_guidance: bool = False,  # give z to the network
         concat: bool = True,  # give x̂ to the network
-        cond_dropout: float = 0.0,  # share of images trained on without x̂ and z
+        cond_dropout: float = 0.0,  # share of images trained without x̂ and z
     ):
         super().__init__(vae)
         if form not in (1, 2):
             raise ValueError(f"form is {form}: choose 1 or 2")
         given = {"cond_channels": self.image_shape[0] if concat else 0,
                  "z_dim": self.vae.z_dim if z_guidance else 0}
-        self.unet, self.form, self.concat = UNet(**unet | given), form, concat
+        self.unet = UNet(**unet | given)
         self.diffusion = GaussianDiffusion(**(diffusion or {}))
-        self.z_guidance, self.cond_dropout = z_guidance, cond_dropout
-        parts = {part: getattr(self, part).config for part in ("vae", "unet", "diffusion")}
-        self.config = {"model": "DiffuseVAE", **parts, "form": form, "concat": concat,
-                       "z_guidance": z_guidance, "cond_dropout": cond_dropout}
+        self.form, self.z_guidance = form, z_guidance
+        self.concat, self.cond_dropout = concat, cond_dropout
+        self.config = {"model": "DiffuseVAE", **_config_of(self)}
 
 # %% ../nbs/01_diffusevae.ipynb #d1f5a007
 class RefinerInputs(RefinerParts):
@@ -128,16 +134,20 @@ class RefinerInputs(RefinerParts):
 
     def denoiser(self, x_hat: torch.Tensor, z: torch.Tensor) -> Callable:
         "The network as a function (x_t, t) -> prediction, for fixed x̂ and z."
-        cond, code = x_hat if self.concat else None, z if self.z_guidance else None
+        cond = x_hat if self.concat else None
+        code = z if self.z_guidance else None
         return lambda x_t, t: self.unet(x_t, t, cond=cond, z=code)
 
     def shift(self, x_hat: torch.Tensor) -> torch.Tensor | None:
         "What x_t is shifted by: x̂ in form 2, nothing in form 1."
         return x_hat if self.form == 2 else None
 
-    def guided(self, x_hat: torch.Tensor, z: torch.Tensor, weight: float) -> Callable:
+    def guided(self, x_hat: torch.Tensor, z: torch.Tensor,
+               weight: float) -> Callable:
         "The denoiser under guidance of this weight, see `guide`; 1 is none."
-        return self.denoiser(x_hat, z) if weight == 1 else guide(self, x_hat, z, weight)
+        if weight == 1:
+            return self.denoiser(x_hat, z)
+        return guide(self, x_hat, z, weight)
 
 # %% ../nbs/01_diffusevae.ipynb #d1f5a00a
 class RefinerTraining(RefinerInputs):
@@ -145,14 +155,15 @@ class RefinerTraining(RefinerInputs):
 
     def training_loss(self, x: torch.Tensor, y=None, *,
                       draws: Draws | None = None) -> dict[str, torch.Tensor]:
-        "The mean over images x (B, C, H, W) of the simple diffusion loss, given x̂ and z."
+        "Mean of the simple diffusion loss of images x₀ (B, C, H, W)."
         draws = draws or Draws(torch.seed(), 0, device=x.device)
         x_hat, z = self.draw_coarse(x, draws)  # z ~ q(z|x₀), x̂ = decoder(z)
         if self.cond_dropout:
-            x_hat, z = drop_conditions(x_hat, z, self.cond_dropout, draws)  # see Guidance
-        t = draws.randint(self.diffusion.timesteps, len(x))  # t ~ U{0, ..., T-1}
+            x_hat, z = drop_conditions(x_hat, z, self.cond_dropout, draws)
+        t = draws.randint(self.diffusion.timesteps, len(x))  # U{0, ..., T-1}
         eps = draws.randn(*x.shape)  # ε ~ N(0, I)
-        loss = self.diffusion.loss(self.denoiser(x_hat, z), x, t, eps, self.shift(x_hat)).mean()
+        loss = self.diffusion.loss(self.denoiser(x_hat, z), x, t, eps,
+                                   self.shift(x_hat)).mean()
         return {"loss": loss, "loss_per_image": loss.detach() * x[0].numel()}
 
 # %% ../nbs/01_diffusevae.ipynb #d1f5a00e
@@ -165,19 +176,19 @@ class RefinerSampling(RefinerTraining):
         sampler: str = "dpmpp", steps: int = 20, generator: Source = None,
         noise: torch.Tensor | None = None, guidance_weight: float = 1.0, **options
     ) -> torch.Tensor:
-        """Refinements in [-1, 1] of coarse images x̂ (B, C, H, W) with codes z (B, z_dim).
+        """Refinements in [-1, 1] of coarse images x̂ (B, C, H, W).
 
-        `noise` is y_T, drawn unless given; options as in `GaussianDiffusion.sample`.
-        Raises `ValueError` where the model has z_guidance and no z is given.
+        z (B, z_dim) are their codes; `noise` is y_T, drawn unless given; options as
+        in `GaussianDiffusion.sample`. Raises `ValueError` where z is missed.
         """
         if self.z_guidance and z is None:
-            raise ValueError("z is None, but this model has z_guidance: give the codes")
+            raise ValueError("the model has z_guidance, but z is None: give the codes")
         z = x_hat.new_zeros(len(x_hat), self.vae.z_dim) if z is None else z
         if noise is None:
-            noise = randn(x_hat.shape, generator).to(x_hat.device)  # y_T ~ N(0, I)
+            noise = randn(x_hat.shape, generator).to(x_hat.device)  # N(0, I)
         network = self.guided(x_hat, z, guidance_weight)
-        x0 = self.diffusion.sample(network, noise, sampler, steps, self.shift(x_hat), generator,
-                                   **options)
+        x0 = self.diffusion.sample(network, noise, sampler, steps,
+                                   self.shift(x_hat), generator, **options)
         return x0.clamp(-1, 1)
 
 # %% ../nbs/01_diffusevae.ipynb #d1f5a010
@@ -189,16 +200,18 @@ class RefinerGenerator(RefinerSampling):
                      **options) -> tuple[torch.Tensor, torch.Tensor]:
         """n coarse images and their refinements, (n, C, H, W) each.
 
-        z is drawn from `prior`, the VAE's own unless given; options as in `refine`.
+        z is drawn from `prior`, by default the VAE's; options as in `refine`.
         """
-        z = (prior or self.vae.prior).sample(n, options.get("generator")).to(self.vae.device)
+        z = (prior or self.vae.prior).sample(n, options.get("generator"))
+        z = z.to(self.vae.device)
         x_hat = self.vae.decode(z)
         return x_hat, self.refine(x_hat, z, **options)
 
     def sample(self, n: int, *, sampler: str = "dpmpp", steps: int = 20,
                generator: Source = None, **options) -> torch.Tensor:
         "n images (n, C, H, W) in [-1, 1]; options as in `sample_pairs`."
-        return self.sample_pairs(n, sampler=sampler, steps=steps, generator=generator, **options)[1]
+        options |= {"sampler": sampler, "steps": steps, "generator": generator}
+        return self.sample_pairs(n, **options)[1]
 
 # %% ../nbs/01_diffusevae.ipynb #d1f5a012
 #| code-fold: true
@@ -248,16 +261,17 @@ class RefinerStudies(RefinerRecords):
 
 # %% ../nbs/01_diffusevae.ipynb #d1f5a014
 class DiffuseVAE(RefinerStudies, Model):
-    """A frozen VAE and a diffusion model conditioned on its output (Pandey et al. 2022).
+    """A frozen VAE and a diffusion model given its output (Pandey et al. 2022).
 
-    Form 1 gives x̂ to the network beside x_t. Form 2 also shifts the process by x̂, which then
-    starts at x_T ~ N(x̂, I). With `z_guidance` the code is added to the time embedding. With
-    `cond_dropout` sampling can be guided, see `guide`. Raises `ValueError` for another form.
+    Form 1 gives x̂ to the network beside x_t. Form 2 also shifts the process by x̂. With
+    `z_guidance` the code is added to the time embedding. `cond_dropout` is for
+    guidance, see `guide`. Raises `ValueError` for another form than 1 or 2.
     """
 
     @torch.no_grad()
-    def reconstruct(self, x: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
-        "x̂ decoded from the mean of q(z|x), and its refinement; options as in `refine`."
+    def reconstruct(self, x: torch.Tensor,
+                    **options) -> tuple[torch.Tensor, torch.Tensor]:
+        "x̂ from the mean of q(z|x), and its refinement; options as in `refine`."
         z = self.vae.encode(x)[0]
         x_hat = self.vae.decode(z)
         return x_hat, self.refine(x_hat, z, **options)
@@ -265,8 +279,9 @@ class DiffuseVAE(RefinerStudies, Model):
     @torch.no_grad()
     def interpolate(self, z: torch.Tensor, noise: torch.Tensor,
                     **options) -> tuple[torch.Tensor, torch.Tensor]:
-        "x̂ and refinements along codes (B, z_dim) and noises (B, C, H, W); either may have length 1."
-        z, noise = (part.expand(max(len(z), len(noise)), *part.shape[1:]) for part in (z, noise))
+        "x̂ and refinements along codes (B, z_dim) or noises (B, C, H, W)."
+        n = max(len(z), len(noise))
+        z, noise = z.expand(n, -1), noise.expand(n, -1, -1, -1)
         x_hat = self.vae.decode(z)
         return x_hat, self.refine(x_hat, z, noise=noise, **options)
 
