@@ -30,7 +30,8 @@ def outputs(lesson, kind):
 def tables(lesson):
     "The tables of the stored outputs: rows by index, of cells by column."
     for html in outputs(lesson, "text/html"):
-        rows = [[re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.S)]
+        rows = [[re.sub(r"<[^>]+>", "", cell).strip()
+                 for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.S)]
                 for row in re.findall(r"<tr.*?</tr>", html, flags=re.S)]
         yield {row[0]: dict(zip(rows[0][1:], row[1:])) for row in rows[1:]}
 
@@ -106,8 +107,9 @@ def test_what_lesson_1_reads_off_its_table_stands_in_it():
 
 
 def test_a_sentence_on_a_latent_model_does_without_a_time():
-    names = {"time_of": lambda *names, **asked: None, "values_of": lambda *names: {0: 0.5}, "committed": [], "SHARPNESS": "",
-             "LATENT": {"latent": "latent"}, "mean_and_spread": runs.mean_and_spread, "both": lambda name: "too few seeds to say"}
+    names = {"time_of": lambda *names, **options: None, "values_of": lambda *names: {0: 0.5}, "committed": [],
+             "SHARPNESS": "", "LATENT": {"latent": "latent"}, "mean_and_spread": runs.mean_and_spread,
+             "both": lambda name: "too few seeds to say"}
     exec(source_of("07_report", "def in_words("), names)
     said = names["in_words"]("latent")
     assert "time not measured" in said and "nan" not in said and "0.50" in said

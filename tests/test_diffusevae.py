@@ -1,4 +1,4 @@
-"""DiffuseVAE: the two forms, what condition and code do, dropped conditions and guidance, the frozen VAE, and the studies."""
+"""DiffuseVAE: the two forms, condition and code, dropped conditions and guidance, the frozen VAE, and the studies."""
 import dataclasses
 import functools
 import json
@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import complains, generator, randomised
 from hybridvae import campaign
-from hybridvae.core import Draws, config_hash, image_draws, load_model, save_model, to_uint8
+from hybridvae.core import Draws, Model, config_hash, image_draws, load_model, save_model, to_uint8
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
-from hybridvae.diffusevae import DiffuseVAE, attribute_direction, convert_form
+from hybridvae.diffusevae import DiffusersVAE, DiffuseVAE, attribute_direction, convert_form
 from hybridvae.experiments import entries_of
 from hybridvae.features import FeatureNetwork
 from hybridvae.metrics import describe, slerp
-from hybridvae.priors import GaussianMixture
+from hybridvae.priors import GaussianMixture, StandardNormal
 from hybridvae.runs import STUDIES, Material
 from hybridvae.training import Average, TrainConfig, train
 from hybridvae.unet import DDPM
@@ -171,21 +171,21 @@ def test_each_refinement_belongs_to_its_own_coarse_image(form):
 @pytest.mark.parametrize("form", [1, 2])
 def test_shuffled_coarse_images_change_the_loss(form):
     m = model(form)
-    honest, condition = loss(m), m.condition
+    honest, condition = loss(m), m.draw_coarse
 
     def shuffled(x, draws):
         return tuple(v.roll(1, 0) for v in condition(x, draws))
-    m.condition = shuffled
+    m.draw_coarse = shuffled
     assert abs(loss(m) / honest - 1) > 1e-3
 
 
 def test_the_condition_is_drawn_and_not_the_mean():
     m, x = model(1), images()
-    x_hat, z = m.condition(x, Draws(0, 0))
-    again, other = (m.condition(x, Draws(0, step))[0] for step in (0, 1))
+    x_hat, z = m.draw_coarse(x, Draws(0, 0))
+    again, other = (m.draw_coarse(x, Draws(0, step))[0] for step in (0, 1))
     assert torch.equal(x_hat, m.vae.decode(z)) and torch.equal(x_hat, again) and not torch.allclose(x_hat, other)
     mu, logvar = m.vae.encode(x)
-    many = torch.stack([m.condition(x, Draws(0, step))[1] for step in range(400)])
+    many = torch.stack([m.draw_coarse(x, Draws(0, step))[1] for step in range(400)])
     deviation = (0.5 * logvar).exp()
     assert ((many.mean(dim=0) - mu).abs() < 5 * deviation / 20).all()
     torch.testing.assert_close(many.std(dim=0), deviation, rtol=0.2, atol=0)
@@ -315,7 +315,7 @@ def test_a_path_of_codes_keeps_the_noise_and_a_path_of_noises_keeps_the_coarse_i
 def test_the_named_share_of_images_is_trained_on_without_condition_code_and_shift(form, share):
     n, m, seen = 400, model(form, z_guidance=True, cond_dropout=share), {}
     x, x_hat, z = images(n), 1 + images(n, seed=5).abs(), 1 + codes(n).abs()
-    m.condition = lambda x, draws: (x_hat, z)
+    m.draw_coarse = lambda x, draws: (x_hat, z)
     m.unet.forward = lambda x_t, t, cond, z: seen.update(x_t=x_t, cond=cond, z=z) or x_t
     q_sample = m.diffusion.q_sample
 
@@ -458,6 +458,69 @@ def test_a_trained_vae_comes_with_its_weights(tmp_path):
     assert not any(p.requires_grad for p in back.vae.parameters())
 
 
+# --- another model in the VAE's place -------------------------------------------------------------------------------
+
+class LinearVAE(Model):
+    "The least that keeps the contract of `CoarseModel`."
+
+    def __init__(self, z_dim=5):
+        super().__init__()
+        self.config = {"model": type(self).__name__, "z_dim": z_dim}
+        self.image_shape, self.z_dim, self.code_shape, self.prior = (3, 16, 16), z_dim, (z_dim,), StandardNormal(z_dim)
+        self.to_code, self.to_image = torch.nn.Linear(768, z_dim), torch.nn.Linear(z_dim, 768)
+
+    def encode(self, x):
+        mu = self.to_code(x.flatten(1))
+        return mu, torch.zeros_like(mu)
+
+    def decode(self, z):
+        return self.to_image(z).unflatten(1, self.image_shape)
+
+
+def diffusers_vae():
+    pytest.importorskip("diffusers")
+    return DiffusersVAE(16, latent_channels=2, block_out_channels=[8, 8], norm_num_groups=4,
+                        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+
+
+@pytest.mark.parametrize("make", [LinearVAE, diffusers_vae, lambda: VAE(**VAE_CONFIG)],
+                         ids=["linear", "diffusers", "VAE"])
+def test_any_model_that_keeps_the_contract_takes_the_vaes_place(make, tmp_path):
+    vae = make().double()
+    m = randomised(DiffuseVAE(vae, UNET, form=2, z_guidance=True), scale=0.3)
+    assert m.vae is vae and m.unet.config["z_dim"] == vae.z_dim == math.prod(vae.code_shape)
+    loss(m).backward()
+    assert all(p.grad is None for p in vae.parameters()) and any(p.grad is not None for p in m.unet.parameters())
+    assert m.train().training and not vae.training
+    x_hat, again = m.reconstruct(images(), steps=2, generator=generator())
+    assert torch.equal(x_hat, vae.decode(vae.encode(images())[0])) and again.shape == x_hat.shape
+    back = load_model(save_model(m, tmp_path / "m.safetensors"))
+    assert type(back.vae) is type(vae) and back.config == json.loads(json.dumps(m.config))
+    a, b = (each.sample(2, steps=2, generator=generator()) for each in (m, back))
+    torch.testing.assert_close(a, b)
+
+
+def test_what_does_not_keep_the_contract_is_refused():
+    with complains("Linear", "no config, image_shape, z_dim, code_shape, prior, encode, decode"):
+        DiffuseVAE(torch.nn.Linear(1, 1), UNET)
+    unnamed, plain = LinearVAE(), torch.nn.Module()
+    for name in ("config", "image_shape", "z_dim", "code_shape", "prior", "encode", "decode"):
+        setattr(plain, name, getattr(unnamed, name))
+    unnamed.config = {"z_dim": 5}
+    for vae in (unnamed, plain):
+        with complains(type(vae).__name__, "could not be saved"):
+            DiffuseVAE(vae, UNET)
+
+
+def test_what_only_a_vae_can_do_is_refused_for_another_model():
+    m = DiffuseVAE(LinearVAE(), UNET)
+    with complains("LinearVAE", "fitted_prior"):
+        m.sampling_options({"prior": "ex-pde"}, shapes())
+    assert m.sampling_options({"steps": 2}, shapes()) == {"steps": 2}
+    with complains("LinearVAE", "likelihood_bound"):
+        m.likelihood_bound(images(), Draws(0, 0))
+
+
 # --- attributes and studies -----------------------------------------------------------------------------------------
 
 def shapes(n=40, start=0):
@@ -471,7 +534,8 @@ def test_an_attributes_direction_is_the_difference_of_mean_codes():
     mu = m.encode(data.float())[0]
     torch.testing.assert_close(attribute_direction(m, data, mask), mu[mask].mean(dim=0) - mu[~mask].mean(dim=0))
     first = np.flatnonzero(mask)[:2], np.flatnonzero(~mask)[:2]
-    torch.testing.assert_close(attribute_direction(m, data, mask, n=2), mu[first[0]].mean(dim=0) - mu[first[1]].mean(dim=0))
+    difference = mu[first[0]].mean(dim=0) - mu[first[1]].mean(dim=0)
+    torch.testing.assert_close(attribute_direction(m, data, mask, n=2), difference)
     for empty in (mask & False, mask | True):
         with complains("30 images of shapes"):
             attribute_direction(m, data, empty)
@@ -542,7 +606,7 @@ def test_more_noise_takes_an_unrefined_image_further_away(eye):
         heldout = to_uint8(m.vae.decode(codes(200, seed=3)))
     answer = STUDIES["robustness"](m, material(eye, n=200, batch=100, heldout=heldout))
     for where in ("noise on x̂", "noise on z"):
-        far = answer[where][::2]  # 0, 0.2, 0.8: noise of 0.1 on z changes its variance by a hundredth, less than chance does
+        far = answer[where][::2]  # 0, 0.2, 0.8: noise of 0.1 changes the variance of z by less than chance does
         assert far == sorted(far) and far[-1] > 1.5 * far[0], answer
 
 
@@ -629,7 +693,7 @@ def test_the_bound_is_the_kl_of_the_code_and_the_refiners_bound_given_what_is_de
     mixture = GaussianMixture(torch.tensor([0.3, 0.7]), means, torch.eye(4).repeat(2, 1, 1))
     found, draws = bound(m, x, priors=(None, mixture)), image_draws(0, 0, 4)
     with torch.no_grad():
-        x_hat, z = m.condition(x, draws)
+        x_hat, z = m.draw_coarse(x, draws)
         y_of = lambda x_t: x_t + x_hat if form == 2 else x_t
         network = lambda y, t: m.unet(y_of(y), t, cond=x_hat if concat else None, z=z if z_guidance else None)
         refiner = m.diffusion.likelihood_bound(network, x, draws, 3)
@@ -728,17 +792,20 @@ def test_the_protocol_of_the_design_is_asked_for():
     "20 steps of DPM-Solver++ with all images in every record; samplers and steps with fewer at seed 0; ancestral once."
     full = {"shapes": 2_000, "cifar10": 10_000, "celeba64": 5_000, "celeba256": 2_000}
     for dataset, n in full.items():
-        entries = [e for e in entries_of(dataset, "diffusevae") if e.evaluations and not e.experiment.endswith(campaign.SIZES) and not e.experiment.startswith("trial-")]
+        entries = [e for e in entries_of(dataset, "diffusevae") if e.evaluations
+                   and not e.experiment.endswith(campaign.SIZES) and not e.experiment.startswith("trial-")]
         small = dataset in ("cifar10", "celeba64")
         for e in entries:
             one_shot = e.model["model"] == "VAE"
             main = {"sampler": None if one_shot else "dpmpp", "steps": 1 if one_shot else 20, "n": n}
             fitted = {"prior": "ex-pde"} if small and e.experiment != "ddpm" else {}  # the code holds much
             assert e.evaluations[0] == main | fitted and main in e.evaluations
-            curve = {(v["sampler"], v["steps"]) for v in e.evaluations if v["sampler"] in ("dpmpp", "ddim") and v["n"] < n}
-            if e.seed == 0 and e.experiment in (("ddpm", "diffusevae-form1-z") if small else ("ddpm", "diffusevae-form2")):
+            curve = {(v["sampler"], v["steps"]) for v in e.evaluations
+                     if v["sampler"] in ("dpmpp", "ddim") and v["n"] < n}
+            if e.seed == 0 and e.experiment in ("ddpm", "diffusevae-form1-z" if small else "diffusevae-form2"):
                 assert curve >= {(s, steps) for s in ("dpmpp", "ddim") for steps in (10, 20, 50)}
-        ancestral = [e for e in entries if any(v["sampler"] == "ancestral" and v["steps"] == 1000 for v in e.evaluations)]
+        ancestral = [e for e in entries
+                     if any(v["sampler"] == "ancestral" and v["steps"] == 1000 for v in e.evaluations)]
         assert len(ancestral) == 1
         seeds = {e.experiment: {f.seed for f in entries if f.experiment == e.experiment} for e in entries}
         assert dataset == "celeba256" or seeds["diffusevae-form1"] == seeds["ddpm"] == seeds["vae"] == {0, 1, 2}
@@ -749,12 +816,15 @@ def test_the_full_size_is_the_papers_recipe_and_a_pair_with_its_control():
         full = {e.experiment: e for e in entries_of(dataset, "diffusevae") if e.experiment.endswith("-full")}
         assert full.keys() == {"vae-full", "ddpm-full", "diffusevae-form1-z-full"}
         ddpm, hybrid = full["ddpm-full"], full["diffusevae-form1-z-full"]
-        assert ddpm.train == hybrid.train and ddpm.model["unet"] == hybrid.model["unet"] and hybrid.depends_on == {"vae": "vae-full"}
+        assert ddpm.train == hybrid.train and ddpm.model["unet"] == hybrid.model["unet"]
+        assert hybrid.depends_on == {"vae": "vae-full"}
         for e in (ddpm, hybrid):
-            assert e.model["diffusion"] == {"schedule": "linear", "timesteps": 1000, "prediction": "eps", "weighting": "simple"}
+            assert e.model["diffusion"] == {"schedule": "linear", "timesteps": 1000, "prediction": "eps",
+                                            "weighting": "simple"}
             assert {(v["sampler"], v["steps"]) for v in e.evaluations} == {("dpmpp", 20), ("ancestral", 1000)}
             decay = TrainConfig(**e.train).ema_decay_at(10**9)
-            assert decay == pytest.approx(0.9999, abs=1e-6) and e.train["warmup_kimg"] == 5_000 * e.train["batch_size"] / 1000
+            assert decay == pytest.approx(0.9999, abs=1e-6)
+            assert e.train["warmup_kimg"] == 5_000 * e.train["batch_size"] / 1000
 
 
 def test_studies_take_the_steps_of_the_main_evaluation():

@@ -44,7 +44,7 @@ def gradients(m, loss, parts=("vae.encoder", "vae.decoder", "unet")):
 
 
 def in_two_parts(m, x, weights=None):
-    "-ELBO, and the diffusion loss under other weights: written out again, with no gate."
+    "-ELBO, and the diffusion loss under other weights: written out again, no gradient scaled."
     draws = Draws(0, 0)
     mu, logvar = m.vae.encode(x)
     z = reparameterize(mu, logvar, draws.randn(*mu.shape))
@@ -58,7 +58,7 @@ def in_two_parts(m, x, weights=None):
 
 
 @VARIANTS
-def test_the_vae_gets_the_elbo_and_lambda_times_the_diffusion_loss_and_the_unet_the_diffusion_loss_alone(form, z_guidance):
+def test_the_vae_gets_the_elbo_and_lambda_times_the_diffusion_loss_and_the_unet_the_latter_alone(form, z_guidance):
     m, x = model(form=form, z_guidance=z_guidance, balance={"name": "fixed", "value": 2.5}), images()
     found = gradients(m, m.training_loss(x, draws=Draws(0, 0))["loss"])
     elbo, diffusion = in_two_parts(m, x)
@@ -89,8 +89,10 @@ def test_without_the_gradient_both_parts_are_trained_as_in_two_stages(form, z_gu
     found = gradients(m, m.training_loss(x, draws=Draws(0, 0))["loss"])
     two_stage = DiffuseVAE(VAE_CONFIG, UNET, form=form, z_guidance=z_guidance)
     two_stage.load_state_dict(m.state_dict())
-    torch.testing.assert_close(found["unet"], gradients(two_stage, two_stage.training_loss(x, draws=Draws(0, 0))["loss"], ["unet"])["unet"])
-    vae = gradients(two_stage.vae.requires_grad_(True), two_stage.vae.training_loss(x, draws=Draws(0, 0))["loss"], ["encoder", "decoder"])
+    loss = two_stage.training_loss(x, draws=Draws(0, 0))["loss"]
+    torch.testing.assert_close(found["unet"], gradients(two_stage, loss, ["unet"])["unet"])
+    alone = two_stage.vae.requires_grad_(True)
+    vae = gradients(alone, alone.training_loss(x, draws=Draws(0, 0))["loss"], ["encoder", "decoder"])
     torch.testing.assert_close(found["vae.encoder"], vae["encoder"])
     torch.testing.assert_close(found["vae.decoder"], vae["decoder"])
 
@@ -111,8 +113,11 @@ def test_the_bound_weighs_an_error_by_the_kl_of_the_posteriors_times_the_number_
 def test_annealing_counts_images_and_reaches_its_value():
     for shape, half in (("linear", 1.0), ("cosine", 1.0)):
         balance = BALANCES["annealed"](2.0, kimg=0.032, shape=shape)
-        assert balance.strength(torch.tensor([0.0, 0.016, 0.032, 1.0]), None, None).tolist() == pytest.approx([0.0, half, 2.0, 2.0])
-    assert BALANCES["annealed"](1.0, kimg=1.0, shape="cosine").strength(torch.tensor(0.25), None, None).item() == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 4))
+        strengths = balance.strength(torch.tensor([0.0, 0.016, 0.032, 1.0]), None, None)
+        assert strengths.tolist() == pytest.approx([0.0, half, 2.0, 2.0])
+    cosine = BALANCES["annealed"](1.0, kimg=1.0, shape="cosine")
+    quarter = cosine.strength(torch.tensor(0.25), None, None).item()
+    assert quarter == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 4))
     m = model(balance={"name": "annealed", "value": 2.0, "kimg": 0.032})
     seen = []
     for step in range(6):
@@ -141,7 +146,8 @@ def test_gradient_norms_are_balanced_at_the_decoders_output():
     x_hat = m.vae.decode(reparameterize(mu, logvar, draws.randn(*mu.shape))).detach().requires_grad_(True)
     t, eps = draws.randint(1000, len(x)), draws.randn(*x.shape)
     of_reconstruction, = torch.autograd.grad(-Normal(x_hat, m.vae.sigma).log_prob(x).mean(), x_hat)
-    of_diffusion, = torch.autograd.grad(m.diffusion.loss(lambda x_t, t: m.unet(x_t, t, cond=x_hat), x, t, eps).mean(), x_hat)
+    loss = m.diffusion.loss(lambda x_t, t: m.unet(x_t, t, cond=x_hat), x, t, eps).mean()
+    of_diffusion, = torch.autograd.grad(loss, x_hat)
     assert m.last.tolist() == pytest.approx([of_reconstruction.norm().item(), of_diffusion.norm().item(),
                                              0.5 * of_reconstruction.norm().item() / of_diffusion.norm().item()])
 
@@ -200,7 +206,8 @@ def small(cls=Endless, **options):
 def test_training_stops_where_the_code_collapses_says_why_and_does_not_go_on(tmp_path):
     config, data = TrainConfig(kimg=0.4, batch_size=8), shapes(64)
     result = train(small(Dead), data, config, tmp_path, heldout=data, cpu=True, progress=False)
-    assert result.finished and "active_units" in result.stopped and result.step == 4 * 5  # 10 points in 50 steps: the fourth
+    assert result.finished and "active_units" in result.stopped
+    assert result.step == 4 * 5  # 10 points in 50 steps: the fourth
     assert latest_checkpoint(tmp_path).name == "checkpoint-20"
     again = train(small(Dead), data, config, tmp_path, heldout=data, cpu=True, progress=False)
     assert again.stopped == result.stopped and again.step == 20
@@ -254,7 +261,8 @@ def test_the_bound_on_the_likelihood_is_that_of_the_pair_with_its_weights(form, 
 
 
 def test_unknown_choices_are_refused():
-    for bad in ({"gradient_to": "decoder"}, {"balance": {"name": "luck"}}, {"vae_weighting": "none"}, {"cond_dropout": 0.1}):
+    for bad in ({"gradient_to": "decoder"}, {"balance": {"name": "luck"}}, {"vae_weighting": "none"},
+                {"cond_dropout": 0.1}):
         with pytest.raises(ValueError, match=list(bad)[0]):
             JointDiffuseVAE(VAE_CONFIG, UNET, **bad)
 
@@ -264,9 +272,10 @@ def test_entries_that_are_compared_start_alike_and_see_equally_many_images(datas
     of_size = [e for e in entries_of(dataset, "joint") if not e.experiment.endswith("-cpu")]
     entries = {(e.experiment, e.seed): e for e in of_size}
     assert len(entries) == len(of_size)  # no name twice
-    assert len({str(e.config) for e in entries.values() if e.seed == 0}) == sum(seed == 0 for _, seed in entries)  # nor one config under two names
+    configs = [str(e.config) for e in entries.values() if e.seed == 0]
+    assert len(set(configs)) == len(configs)  # nor one config under two names
     control = entries["joint-none", 0]
-    for (name, seed), entry in entries.items():
+    for (_, seed), entry in entries.items():
         if seed == 0 and entry.model["model"] == "JointDiffuseVAE":
             assert entry.config | {"model": None} == control.config | {"model": None}
             assert entry.evaluations[:2] == control.evaluations[:2]
@@ -283,7 +292,8 @@ def test_entries_that_are_compared_start_alike_and_see_equally_many_images(datas
 def test_only_the_controls_let_no_gradient_pass():
     for entry in entries_of("shapes", "joint"):
         blocked = entry.model["model"] == "DiffuseVAE" or entry.model.get("gradient_to") == "none"
-        assert (blocked or entry.model["model"] == "VAE") == entry.experiment.endswith(("none", "frozen-time", "vae", "two-stage"))
+        controls = ("none", "frozen-time", "vae", "two-stage")
+        assert (blocked or entry.model["model"] == "VAE") == entry.experiment.endswith(controls)
 
 
 # --- what the lesson says of its records ------------------------------------------------------------------------------
@@ -291,17 +301,18 @@ def test_only_the_controls_let_no_gradient_pass():
 def lesson_tables():
     "The tables among the lesson's stored outputs, as rows of cells (the first: the columns)."
     nb = json.loads((NBS / "02_joint_training.ipynb").read_text())
-    html = ("".join(o["data"]["text/html"]) for c in nb["cells"] for o in c.get("outputs", ()) if "text/html" in o.get("data", {}))
+    outputs = [o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", ())]
+    html = ("".join(data["text/html"]) for data in outputs if "text/html" in data)
     for table in html:
         rows = re.findall(r"<tr.*?</tr>", table, flags=re.S)
         yield [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.S) for row in rows]
 
 
 def test_the_lesson_claims_no_more_than_its_intervals():
-    "A difference is told apart only where its interval leaves out 0, and only of settings that were not chosen on a seed in it."
+    "A difference is told apart only where its interval leaves out 0, and only of settings chosen on none of its seeds."
     families = [rows for rows in lesson_tables() if "95 % interval" in rows[0]]
     assert len(families) == 1  # one family
-    for name, difference, interval, p, verdict, bound, seeds in families[0][1:]:
+    for name, difference, interval, _, verdict, bound, seeds in families[0][1:]:
         low, high = map(float, interval.strip("[]").split(", "))
         assert low <= float(difference) <= high and int(seeds) >= 3
         assert {"lower": high <= 0, "higher": low >= 0, "not told apart": float(bound) >= 0}[verdict], name
