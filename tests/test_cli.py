@@ -21,14 +21,16 @@ from typer.testing import CliRunner
 
 from hybridvae import bench as benches
 from hybridvae import campaign as campaigns
-from hybridvae import cli, core, data, experiments, runs
-from hybridvae.cli import app, main, read_bibliography, render_report, resolve_references
+from hybridvae import core, custom, data, experiments, generators, report, runs, selection
+from hybridvae.cli import app, main
 from hybridvae.core import HybridVAEError, image_draws, load_model, save_model, to_uint8, weights_hash
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.features import FeatureNetwork, load_features, weights_folder
+from hybridvae.images import check_target
 from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
 from hybridvae.metrics import extract, frechet_distance, slerp
 from hybridvae.priors import GaussianMixture, fit_mixture
+from hybridvae.report import read_bibliography, render_report, resolve_references
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
 
@@ -46,7 +48,8 @@ def tiny(monkeypatch):
     for preset in presets.values():
         preset.update(vae=TINY_VAE, unet=TINY_UNET, n=60, n_curve=None, n_study=20, batch=60,
                       train=TINY_TRAIN, train_vae=TINY_TRAIN, train_features=TINY_TRAIN)
-    monkeypatch.setattr(experiments, "PRESETS", presets)
+    for module in (experiments, custom):
+        monkeypatch.setattr(module, "PRESETS", presets)
     alone = lambda row: dataclasses.replace(row, on=row.on and dict.fromkeys(row.on, 1))  # seed 0
     tables = {name: tuple(map(alone, table)) for name, table in experiments.TABLES.items()}
     monkeypatch.setattr(experiments, "TABLES", tables)
@@ -140,12 +143,12 @@ def test_help_names_every_option_and_its_examples_parse(name):
         for shipped in filter(None, [given.get("weights"), given.get("vae")]):
             assert shipped.endswith(".safetensors") or (weights_folder() / f"{shipped}.safetensors").exists()
         for out in filter(None, [given.get("out")] if name in ("sample", "reconstruct", "interpolate") else []):
-            cli._check_target(out, grid_only=name != "sample")
+            check_target(out, grid_only=name != "sample")
 
 
 def test_examples_name_experiments_that_there_are():
     for entries, pattern in (("shapes", "diffusevae-*"), ("shapes", "diffusevae-form1"), ("cifar10", "diffusevae-form1-cpu")):
-        assert cli._picked(cli._entries(entries), [pattern])
+        assert selection.with_dependencies(selection.entries_of_every_size(entries), [pattern])
 
 
 def test_help_answers_without_torch():
@@ -160,10 +163,10 @@ def test_help_answers_without_torch():
 
 def test_a_fresh_process_knows_the_models_of_all_stages(weights, tmp_path):
     program = ("from hybridvae.cli import app\n"
-               "from hybridvae import cli, core\n"
-               "preset = cli._preset('shapes', 'shapes', 32)\n"
-               "cli._new_model({'model': 'DiffuseVAE', 'vae': preset['vae'], 'unet': preset['unet']}, preset, 0)\n"
-               f"app(['sample', '--cpu', '--n', '1', '--steps', '1', '--weights', {str(weights['guided'])!r}, '--out', {str(tmp_path / 'x.png')!r}])")
+               "from hybridvae.custom import fitted_preset, new_model\n"
+               "preset = fitted_preset('shapes', 'shapes', 32)\n"
+               "new_model({'model': 'DiffuseVAE', 'vae': preset['vae'], 'unet': preset['unet']}, preset, 0)\n"
+               f"app({['sample', *'--cpu --n 1 --steps 1'.split(), '--weights', str(weights['guided']), '--out', str(tmp_path / 'x.png')]})")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "x.png").exists(), done.stderr
 
@@ -259,13 +262,13 @@ def test_train_makes_a_hybrid_of_a_given_vae_or_trains_one_first(tiny, weights, 
 
 def test_presets_fit_every_image_size():
     for size, name in ((32, "cifar10"), (64, "celeba64"), (128, "celeba256"), (256, "celeba256")):
-        preset = cli._preset("", "flowers", size)
+        preset = custom.fitted_preset("", "flowers", size)
         assert preset["name"] == name
         for config in ({"model": "VAE", **preset["vae"]}, {"model": "DDPM", "unet": preset["unet"], "diffusion": preset["diffusion"]}):
             with torch.device("meta"):
-                assert cli._new_model(config, preset, 0).image_shape == (3, size, size)
-    assert cli._preset("", "cifar10", 32)["unet"] == experiments.PRESETS["cifar10"]["unet"] | {"image_size": 32}
-    assert cli._preset("shapes", "flowers", 64)["unet"]["attention"] == [8]  # at the same level
+                assert custom.new_model(config, preset, 0).image_shape == (3, size, size)
+    assert custom.fitted_preset("", "cifar10", 32)["unet"] == experiments.PRESETS["cifar10"]["unet"] | {"image_size": 32}
+    assert custom.fitted_preset("shapes", "flowers", 64)["unet"]["attention"] == [8]  # at the same level
 
 
 # --- sample --------------------------------------------------------------------------------------------------------------
@@ -343,7 +346,7 @@ def test_weights_of_a_new_stage_are_opened_once_it_has_a_table(tmp_path, monkeyp
     path = tmp_path / "new.safetensors"
     save_file({"weight": torch.ones(1)}, path, metadata={"config": '{"model": "OfANewStage"}'})
     try:
-        assert type(cli.load_generator(str(path), cpu=True)).__name__ == "OfANewStage"
+        assert type(generators.load_generator(str(path), cpu=True)).__name__ == "OfANewStage"
     finally:
         core.MODELS.pop("OfANewStage", None)
         sys.modules.pop("hybridvae.zz_new_model", None)
@@ -351,7 +354,7 @@ def test_weights_of_a_new_stage_are_opened_once_it_has_a_table(tmp_path, monkeyp
 
 
 def test_shipped_weights_have_names(tmp_path):
-    assert load_model(weights_folder() / "shapes-vae.safetensors").config == cli.load_generator("shapes-vae", cpu=True).config
+    assert load_model(weights_folder() / "shapes-vae.safetensors").config == generators.load_generator("shapes-vae", cpu=True).config
 
 
 # --- reconstruct and interpolate -------------------------------------------------------------------------------------------
@@ -467,8 +470,8 @@ def test_evaluate_images_that_are_there(weights, tmp_path):
 
 
 def test_the_networks_that_measure(weights, monkeypatch):
-    monkeypatch.setattr("hybridvae.metrics.load_inception", lambda path, device: ("inception", path))
-    names = lambda *asked: [getattr(network, "name", network) for network in cli._feature_networks(*asked, torch.device("cpu"))]
+    monkeypatch.setattr(generators, "load_inception", lambda path, device: ("inception", path))
+    names = lambda *asked: [getattr(network, "name", network) for network in generators.measuring_networks(*asked, torch.device("cpu"))]
     assert names("shapes", "", None) == ["shapes"] == names("flowers", "shapes", None) == names("flowers", str(weights["features"]), None)
     assert names("shapes", "", "w.pth") == ["shapes", ("inception", "w.pth")]
     assert names("flowers", "", "w.pth") == [("inception", "w.pth")]  # it has no network of its own
@@ -491,7 +494,7 @@ def test_campaign_runs_what_is_missing_once(tiny, tmp_path, monkeypatch):
 
 def test_a_filter_keeps_what_is_depended_on():
     entries = campaigns.queue("cifar10")
-    picked = cli._picked(entries, ["diffusevae-form2*"])
+    picked = selection.with_dependencies(entries, ["diffusevae-form2*"])
     names = {e.experiment for e in picked}
     assert {"features", "vae", "diffusevae-form2", "diffusevae-form2-z"} <= names and not {"ddpm", "diffusevae-form1"} & names
     assert picked == [e for e in entries if e in picked]  # in their order
@@ -512,7 +515,8 @@ def test_a_dry_run_says_what_it_changes(tiny, tmp_path, monkeypatch):
 def shrunk(monkeypatch):
     "All experiments as in a dry run."
     queue = campaigns.queue
-    monkeypatch.setattr(campaigns, "queue", lambda *names: [campaigns.shrink(e) for e in queue(*names)])
+    for module in (campaigns, selection):
+        monkeypatch.setattr(module, "queue", lambda *names: [campaigns.shrink(e) for e in queue(*names)])
 
 
 def test_profile_prints_tables_and_writes_traces_and_the_memory(shrunk, tmp_path, monkeypatch):
@@ -576,7 +580,7 @@ def clone(tmp_path, monkeypatch):
     shutil.copytree(here / "nbs" / "results" / "shapes" / "features", there / "nbs" / "results" / "shapes" / "features")
     for name in ("07_report.ipynb", "refs.bib"):
         shutil.copy(here / "nbs" / name, there / "nbs")
-    monkeypatch.setattr(core, "project_root", lambda: there)
+    monkeypatch.setattr(report, "project_root", lambda: there)
     monkeypatch.setenv("PYTHONPATH", str(there))
     monkeypatch.setenv("HYBRIDVAE_RUNS", "")  # restored afterwards: the command sets it
 
@@ -596,14 +600,14 @@ def test_report_over_a_fresh_study(tiny, clone, tmp_path):
 
 def test_report_does_only_what_it_shows_and_takes_complete_records_as_they_are(tmp_path, monkeypatch):
     asked, written = [], {}
-    entries = {name: runs.find_entry(campaigns.queue("shapes"), name) for name in cli.STUDY}
+    entries = {name: runs.find_entry(campaigns.queue("shapes"), name) for name in report.STUDY}
     vae = entries["vae"]
     written["vae"] = {"config": vae.config, "evaluations": list(vae.evaluations), **dict.fromkeys(vae.studies),
                       "studied": dict.fromkeys(vae.studies, vae.studied)}
     monkeypatch.setattr(runs, "recorded", lambda entry, *roots: written.get(entry.experiment))
-    monkeypatch.setattr(runs, "run_entry", lambda entry, *rest, **options: asked.append(entry))
-    monkeypatch.setattr(cli, "_summary", lambda record, runs: "")
-    monkeypatch.setattr(cli, "render_report", lambda runs: runs)
+    monkeypatch.setattr(runs, "run_entry", lambda entry, *rest, **options: asked.append(entry) or {})
+    monkeypatch.setattr(selection, "summary", lambda record, runs: "")
+    monkeypatch.setattr(report, "render_report", lambda runs: runs)
     command("report --runs", tmp_path)
     assert [e.experiment for e in asked] == ["ddpm", "diffusevae-form1"]
     assert [e.evaluations for e in asked] == [entries[e.experiment].evaluations[:1] for e in asked]
@@ -624,7 +628,7 @@ def test_the_bibliography_is_read_whole():
 
 
 def test_report_outside_a_clone(monkeypatch, tmp_path):
-    monkeypatch.setattr("hybridvae.core.project_root", lambda: tmp_path)
+    monkeypatch.setattr(report, "project_root", lambda: tmp_path)
     with pytest.raises(HybridVAEError, match="needs a clone"):
         render_report(tmp_path)
 
