@@ -15,7 +15,8 @@ __all__ = ['app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName', 'Sampler',
            'Results', 'BENCH_EXAMPLES', 'data', 'run', 'train', 'sample', 'reconstruct', 'interpolate', 'export',
            'evaluate', 'campaign', 'bench', 'report', 'main']
 
-# %% ../nbs/91_cli.ipynb #4487c9ed
+# %% ../nbs/91_cli.ipynb #63154459
+#| code-fold: true
 import contextlib
 import os
 import shlex

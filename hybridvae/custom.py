@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS_BY_SIZE', 'fitted_preset', 'new_model', 'train_model', 'OwnTraining', 'train_own', 'load_vae']
 
-# %% ../nbs/90c_custom.ipynb #d05cb7db
+# %% ../nbs/90c_custom.ipynb #a0c10b95
+#| code-fold: true
 import dataclasses
 import json
 from pathlib import Path

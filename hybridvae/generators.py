@@ -8,7 +8,8 @@ __all__ = ['MIN_FITTED', 'load_generator', 'user_errors', 'computing_on', 'check
            'subject_of_weights', 'subject_of_images', 'measuring_networks', 'measure_subject', 'metric_lines',
            'write_evaluation']
 
-# %% ../nbs/90b_generators.ipynb #25f6f1e4
+# %% ../nbs/90b_generators.ipynb #59cbd091
+#| code-fold: true
 import contextlib
 import dataclasses
 import json

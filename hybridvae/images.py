@@ -6,7 +6,8 @@
 __all__ = ['PICTURES', 'ARRAYS', 'MIN_IMAGES', 'PART', 'check_target', 'write_images', 'write_rows', 'image_files', 'read_images',
            'image_batches']
 
-# %% ../nbs/00b_images.ipynb #c7ee413e
+# %% ../nbs/00b_images.ipynb #73f2a9a4
+#| code-fold: true
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator

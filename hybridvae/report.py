@@ -6,7 +6,8 @@
 __all__ = ['STUDY', 'REPORTED_STUDIES', 'KINDS', 'study_entries', 'read_bibliography', 'short_reference', 'printed_labels',
            'References', 'resolve_references', 'report_source', 'render_report']
 
-# %% ../nbs/90d_report.ipynb #4bd2ecd4
+# %% ../nbs/90d_report.ipynb #0f9e32dc
+#| code-fold: true
 import dataclasses
 import os
 import re

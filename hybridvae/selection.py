@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['entries_of_every_size', 'matching', 'with_dependencies', 'generators_of', 'summary', 'count']
 
-# %% ../nbs/90a_selection.ipynb #7b14df4d
+# %% ../nbs/90a_selection.ipynb #043f07e3
+#| code-fold: true
 import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
