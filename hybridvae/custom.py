@@ -89,6 +89,7 @@ def train_model(
     seed: int = 0,  # of data order and noise
     minutes: float | None = None,  # stop, to be continued, after this long
     cpu: bool = False,  # no GPU
+    progress: bool = True,  # show a bar
 ) -> bool:
     """Train a model in a folder of its own, or continue; return whether it is finished.
 
@@ -103,7 +104,7 @@ def train_model(
         return True
     Batches(images[0].first(1), config.batch_size, seed, n_slices=config.n_slices)  # refuses a batch it cannot cut
     write_json(note, identity)
-    result = train(model, images[0], config, out, seed, images[1], minutes, cpu=cpu)
+    result = train(model, images[0], config, out, seed, images[1], minutes, cpu=cpu, progress=progress)
     if not result.finished:
         return False
     save_model(model, out / "model.safetensors")
@@ -142,6 +143,7 @@ class OwnTraining:
     vae: str = ""  # of diffusevae: weights of its VAE; "" to train one first
     seed: int = 0  # of the first weights, the order of the images and the noise
     cpu: bool = False  # no GPU
+    progress: bool = True  # show bars
 
 # %% ../nbs/90c_custom.ipynb #cb8a7251
 def train_own(
@@ -180,7 +182,7 @@ def _part(wanted: OwnTraining, config: dict, preset: dict, settings: str, images
     print(f"{config['model']} on {wanted.dataset}: {count_parameters(model, trainable=True):,} parameters to train, "
           f"preset {preset['name']}")
     finished = train_model(model, preset[settings] | wanted.changes, images, out, wanted.seed, clock.left(),
-                           wanted.cpu)
+                           wanted.cpu, wanted.progress)
     return model if finished else None
 
 

@@ -153,7 +153,7 @@ def image_batches(
     total = n or available
     return total, (part(start, min(start + PART, total)) for start in range(0, total, PART))
 
-
+# %% ../nbs/00b_images.ipynb #14375f7d
 def _read_array(path: Path, image_size: int) -> np.ndarray:
     "The array `arr_0` of an .npz file, uint8 (N, image_size, image_size, 3)."
     try:

@@ -122,7 +122,7 @@ FAULTS = [
     (short_cells, LESSON, code("#| export\n" + "x = 1\n" * LESSON_CELL), "26 lines, more than 25"),
     (short_cells, REFERENCE, code("x = 1\n" * (CELL + 1)), "41 lines, more than 40"),
     (short_lines, LESSON, md("x" * (LINE + 1)), "121 characters"),
-    (short_lines, LESSON, md("| a | " + "x " * LINE + " |"), "246 characters"),
+    (short_lines, LESSON, md("| a | " + "x " * LINE + " |"), "248 characters"),
     (short_lines, LESSON, code("#| fig-cap: " + "x" * LINE), "132 characters"),
     (folded_imports, LESSON, code("import math"), "import math"),
     (folded_imports, LESSON, code("#| export\nfrom math import pi"), "from math import pi"),
