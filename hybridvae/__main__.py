@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/92_main.ipynb #cell-003
+#| code-fold: true
 from .cli import main
 
 # %% ../nbs/92_main.ipynb #cell-004

@@ -1,7 +1,8 @@
-"""README.md from nbs/index.ipynb: the same text, with links to notebooks as seen from the top folder."""
+"""README.md from nbs/index.ipynb: the same text, with links as seen from the top folder; and the picture in it."""
 import re
 from pathlib import Path
 
+from layers import PICTURE, import_graph, svg
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
@@ -15,4 +16,5 @@ def readme(index=ROOT / "nbs" / "index.ipynb"):
 
 
 if __name__ == "__main__":
+    PICTURE.write_text(svg(import_graph()), encoding="utf-8")
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")

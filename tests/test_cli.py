@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import hybridvae
 import nbformat
@@ -14,21 +15,23 @@ import numpy as np
 import pytest
 import torch
 import typer
-from conftest import files_below, generator, randomised
+from conftest import disk_full, files_below, generator, randomised
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hybridvae import bench as benches
 from hybridvae import campaign as campaigns
-from hybridvae import cli, core, data, experiments, runs
-from hybridvae.cli import app, main, read_bibliography, render_report, resolve_references
+from hybridvae import core, custom, data, experiments, generators, report, runs, selection
+from hybridvae.cli import app, main
 from hybridvae.core import HybridVAEError, image_draws, load_model, save_model, to_uint8, weights_hash
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.features import FeatureNetwork, load_features, weights_folder
+from hybridvae.images import check_target
 from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
-from hybridvae.metrics import extract, frechet_distance, slerp
+from hybridvae.metrics import Profile, extract, frechet_distance, slerp
 from hybridvae.priors import GaussianMixture, fit_mixture
+from hybridvae.report import read_bibliography, render_report, resolve_references
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
 
@@ -46,7 +49,8 @@ def tiny(monkeypatch):
     for preset in presets.values():
         preset.update(vae=TINY_VAE, unet=TINY_UNET, n=60, n_curve=None, n_study=20, batch=60,
                       train=TINY_TRAIN, train_vae=TINY_TRAIN, train_features=TINY_TRAIN)
-    monkeypatch.setattr(experiments, "PRESETS", presets)
+    for module in (experiments, custom):
+        monkeypatch.setattr(module, "PRESETS", presets)
     alone = lambda row: dataclasses.replace(row, on=row.on and dict.fromkeys(row.on, 1))  # seed 0
     tables = {name: tuple(map(alone, table)) for name, table in experiments.TABLES.items()}
     monkeypatch.setattr(experiments, "TABLES", tables)
@@ -76,7 +80,9 @@ def weights(tmp_path_factory):
     folder, small = tmp_path_factory.mktemp("weights"), TINY_UNET
     models = {"vae": VAE(**TINY_VAE), "ddpm": DDPM(small), "hybrid": DiffuseVAE(TINY_VAE, small),
               "guided": DiffuseVAE(TINY_VAE, small, form=2, z_guidance=True, cond_dropout=0.1),
-              "latent": LatentDiffusion(TINY_VAE, {"width": 8, "blocks": 1}), "vae16": VAE(**TINY_VAE | {"image_size": 16}), "features": FeatureNetwork("shapes", classes=3, factors=True)}
+              "latent": LatentDiffusion(TINY_VAE, {"width": 8, "blocks": 1}),
+              "vae16": VAE(**TINY_VAE | {"image_size": 16}),
+              "features": FeatureNetwork("shapes", classes=3, factors=True)}
     return {name: save_model(randomised(model, 0.1), folder / f"{name}.safetensors") for name, model in models.items()}
 
 
@@ -119,13 +125,18 @@ def pixels(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
+def arrays(images):
+    "Images (N, 3, H, W) in [-1, 1] as they stand in an .npz file."
+    return to_uint8(images).permute(0, 2, 3, 1).numpy()
+
+
 def tile(picture, row, column, size=32):
     "One image of a grid, uint8 (3, size, size)."
     top, left = row * (size + 1), column * (size + 1)
     return torch.from_numpy(picture[top:top + size, left:left + size].copy()).permute(2, 0, 1)
 
 
-# --- help --------------------------------------------------------------------------------------------------------------
+# --- help -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_every_option_and_its_examples_parse(name):
@@ -140,12 +151,13 @@ def test_help_names_every_option_and_its_examples_parse(name):
         for shipped in filter(None, [given.get("weights"), given.get("vae")]):
             assert shipped.endswith(".safetensors") or (weights_folder() / f"{shipped}.safetensors").exists()
         for out in filter(None, [given.get("out")] if name in ("sample", "reconstruct", "interpolate") else []):
-            cli._check_target(out, grid_only=name != "sample")
+            check_target(out, grid_only=name != "sample")
 
 
 def test_examples_name_experiments_that_there_are():
-    for entries, pattern in (("shapes", "diffusevae-*"), ("shapes", "diffusevae-form1"), ("cifar10", "diffusevae-form1-cpu")):
-        assert cli._picked(cli._entries(entries), [pattern])
+    for entries, pattern in (("shapes", "diffusevae-*"), ("shapes", "diffusevae-form1"),
+                             ("cifar10", "diffusevae-form1-cpu")):
+        assert selection.with_dependencies(selection.entries_of_every_size(entries), [pattern])
 
 
 def test_help_answers_without_torch():
@@ -159,27 +171,31 @@ def test_help_answers_without_torch():
 
 
 def test_a_fresh_process_knows_the_models_of_all_stages(weights, tmp_path):
+    line = ["sample", *"--cpu --n 1 --steps 1".split(), "--weights", str(weights["guided"]), "--out",
+            str(tmp_path / "x.png")]
     program = ("from hybridvae.cli import app\n"
-               "from hybridvae import cli, core\n"
-               "preset = cli._preset('shapes', 'shapes', 32)\n"
-               "cli._new_model({'model': 'DiffuseVAE', 'vae': preset['vae'], 'unet': preset['unet']}, preset, 0)\n"
-               f"app(['sample', '--cpu', '--n', '1', '--steps', '1', '--weights', {str(weights['guided'])!r}, '--out', {str(tmp_path / 'x.png')!r}])")
+               "from hybridvae.custom import fitted_preset, new_model\n"
+               "preset = fitted_preset('shapes', 'shapes', 32)\n"
+               "new_model({'model': 'DiffuseVAE', 'vae': preset['vae'], 'unet': preset['unet']}, preset, 0)\n"
+               f"app({line!r})")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "x.png").exists(), done.stderr
 
 
 def test_usage_errors_end_with_status_2():
-    for line in ("run --nonsense", "run --minutes soon", "sample", "sample --weights x --n 0", "sample --weights x --sampler euler",
-                 "train --dataset shapes --model gan", "interpolate --weights x --n 1", "nothing"):
+    for line in ("run --nonsense", "run --minutes soon", "sample", "sample --weights x --n 0",
+                 "sample --weights x --sampler euler", "train --dataset shapes --model gan",
+                 "interpolate --weights x --n 1", "nothing"):
         answer = CliRunner().invoke(app, line.split())
         assert answer.exit_code == 2 and "Error:" in answer.output, line
 
 
-# --- data --------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------------------------
 
 def test_data_checks_and_describes(cache):
     said = command("data cifar10")
-    assert "train: 60 images of 32 x 32 pixels, 10 classes" in said and "of 50,000 images" in said and str(cache / "cifar10") in said
+    assert "train: 60 images of 32 x 32 pixels, 10 classes" in said
+    assert "of 50,000 images" in said and str(cache / "cifar10") in said
     assert "test: 100 images" in command("data shapes") and "nothing is stored" in command("data shapes")
 
 
@@ -203,7 +219,7 @@ def test_celeba_from_the_official_files(cache, tmp_path):
     assert "train: 7 images of 64 x 64" in said and "test: 2 images of 64 x 64" in said and "centre crop" in said
 
 
-# --- run -----------------------------------------------------------------------------------------------------------------
+# --- run ------------------------------------------------------------------------------------------------------------
 
 def test_run_without_a_name_lists_the_experiments_of_both_sizes():
     assert {"features", "vae", "ddpm", "diffusevae-form1"} <= set(command("run").split())
@@ -227,7 +243,7 @@ def test_run_finds_entries_of_cpu_size(tiny, cache, tmp_path):
     assert "FD (cifar)" in record["evaluations"][0]["metrics"]
 
 
-# --- train ---------------------------------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------------------------
 
 def test_train_continues_to_the_same_weights_and_says_what_comes_next(tiny, tmp_path):
     words = "train --dataset shapes --model ddpm --cpu --seed 3 --out"
@@ -250,7 +266,8 @@ def test_train_makes_a_hybrid_of_a_given_vae_or_trains_one_first(tiny, weights, 
     words = "train --dataset shapes --form 2 --z --cpu --out"
     command(words, tmp_path / "given", "--vae", weights["vae"])
     model = load_model(tmp_path / "given" / "model.safetensors")
-    assert weights_hash(model.vae) == weights_hash(load_model(weights["vae"])) and (model.form, model.z_guidance) == (2, True)
+    assert weights_hash(model.vae) == weights_hash(load_model(weights["vae"]))
+    assert (model.form, model.z_guidance) == (2, True)
     command(words, tmp_path / "both")
     both = load_model(tmp_path / "both" / "model.safetensors")
     assert weights_hash(both.vae) == weights_hash(load_model(tmp_path / "both" / "vae" / "model.safetensors"))
@@ -259,16 +276,18 @@ def test_train_makes_a_hybrid_of_a_given_vae_or_trains_one_first(tiny, weights, 
 
 def test_presets_fit_every_image_size():
     for size, name in ((32, "cifar10"), (64, "celeba64"), (128, "celeba256"), (256, "celeba256")):
-        preset = cli._preset("", "flowers", size)
+        preset = custom.fitted_preset("", "flowers", size)
         assert preset["name"] == name
-        for config in ({"model": "VAE", **preset["vae"]}, {"model": "DDPM", "unet": preset["unet"], "diffusion": preset["diffusion"]}):
+        ddpm = {"model": "DDPM", "unet": preset["unet"], "diffusion": preset["diffusion"]}
+        for config in ({"model": "VAE", **preset["vae"]}, ddpm):
             with torch.device("meta"):
-                assert cli._new_model(config, preset, 0).image_shape == (3, size, size)
-    assert cli._preset("", "cifar10", 32)["unet"] == experiments.PRESETS["cifar10"]["unet"] | {"image_size": 32}
-    assert cli._preset("shapes", "flowers", 64)["unet"]["attention"] == [8]  # at the same level
+                assert custom.new_model(config, preset, 0).image_shape == (3, size, size)
+    own = experiments.PRESETS["cifar10"]["unet"]
+    assert custom.fitted_preset("", "cifar10", 32)["unet"] == own | {"image_size": 32}
+    assert custom.fitted_preset("shapes", "flowers", 64)["unet"]["attention"] == [8]  # at the same level
 
 
-# --- sample --------------------------------------------------------------------------------------------------------------
+# --- sample ---------------------------------------------------------------------------------------------------------
 
 def test_samples_are_those_of_the_model_and_repeat_with_their_seed(weights, tmp_path):
     line = ("sample --cpu --n 5 --batch 3 --steps 3 --sampler ddim --weights", weights["hybrid"], "--out")
@@ -278,8 +297,9 @@ def test_samples_are_those_of_the_model_and_repeat_with_their_seed(weights, tmp_
     assert a.dtype == np.uint8 and a.shape == (5, 32, 32, 3)
     assert np.array_equal(a, again) and not np.array_equal(a, other)
     model = load_model(weights["hybrid"])
-    expected = torch.cat([model.sample(k, sampler="ddim", steps=3, generator=image_draws(4, i, i + k)) for i, k in ((0, 3), (3, 2))])
-    assert np.array_equal(a, to_uint8(expected).permute(0, 2, 3, 1).numpy())
+    expected = torch.cat([model.sample(k, sampler="ddim", steps=3, generator=image_draws(4, i, i + k))
+                          for i, k in ((0, 3), (3, 2))])
+    assert np.array_equal(a, arrays(expected))
 
 
 def test_samples_come_as_a_grid_as_arrays_or_as_files(weights, tmp_path):
@@ -296,30 +316,34 @@ def test_samples_come_as_a_grid_as_arrays_or_as_files(weights, tmp_path):
 @pytest.mark.parametrize("name", ["vae", "hybrid"])
 def test_exported_weights_hold_their_prior_and_need_no_images(weights, tmp_path, name, numbers):
     "A sample from the exported file is the one that --prior makes with the images at hand."
-    command("sample --cpu --n 4 --steps 2 --prior ex-pde --dataset shapes --weights", weights[name], "--out", tmp_path / "a.npz")
-    said = command("export --cpu --prior ex-pde --dataset shapes --numbers", numbers, "--weights", weights[name], "--out", tmp_path / "m.safetensors")
+    fitted = "--cpu --prior ex-pde --dataset shapes --weights", weights[name], "--out"
+    command("sample --n 4 --steps 2", *fitted, tmp_path / "a.npz")
+    said = command("export --numbers", numbers, *fitted, tmp_path / "m.safetensors")
     assert f"{(tmp_path / 'm.safetensors').stat().st_size / 1e6:.1f} MB" in said
     command("sample --cpu --n 4 --steps 2 --weights", tmp_path / "m.safetensors", "--out", tmp_path / "b.npz")
     a, b = (np.load(tmp_path / f"{x}.npz")["arr_0"].astype(float) for x in "ab")
     assert np.abs(a - b).max() <= {"fp32": 0, "fp16": 3, "int8": 40}[numbers] and a.std() > 3
     vae = getattr(load_model(tmp_path / "m.safetensors"), "vae", None) or load_model(tmp_path / "m.safetensors")
-    assert isinstance(vae.prior, GaussianMixture) and vae.config["prior"]["components"] == vae.prior.config["components"]
+    assert isinstance(vae.prior, GaussianMixture)
+    assert vae.config["prior"]["components"] == vae.prior.config["components"]
 
 
 def test_ex_pde_draws_codes_from_the_mixture_of_the_training_codes(weights, tmp_path):
-    command("sample --cpu --n 4 --prior ex-pde --dataset shapes --weights", weights["vae"], "--out", tmp_path / "x.npz")
+    fitted = "--prior ex-pde --dataset shapes --weights", weights["vae"]
+    command("sample --cpu --n 4", *fitted, "--out", tmp_path / "x.npz")
     vae = load_model(weights["vae"])
     mixture = fit_mixture(vae.codes(data.load_data("shapes")), 20, 0)
-    expected = to_uint8(vae.decode(mixture.sample(4, image_draws(0, 0, 4))).detach()).permute(0, 2, 3, 1).numpy()
+    expected = arrays(vae.decode(mixture.sample(4, image_draws(0, 0, 4))).detach())
     assert np.array_equal(np.load(tmp_path / "x.npz")["arr_0"], expected)
 
 
 def test_the_guidance_weight_reaches_the_sampler(weights, tmp_path):
     for weight in (0, 1, 3):
-        command("sample --cpu --n 2 --steps 2 --weights", weights["guided"], "--guidance-weight", weight, "--out", tmp_path / f"{weight}.npz")
+        command("sample --cpu --n 2 --steps 2 --weights", weights["guided"], "--guidance-weight", weight,
+                "--out", tmp_path / f"{weight}.npz")
     found = [np.load(tmp_path / f"{weight}.npz")["arr_0"] for weight in (0, 1, 3)]
     expected = load_model(weights["guided"]).sample(2, steps=2, guidance_weight=3.0, generator=image_draws(0, 0, 2))
-    assert np.array_equal(found[2], to_uint8(expected).permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(found[2], arrays(expected))
     assert not np.array_equal(found[0], found[1]) and not np.array_equal(found[1], found[2])
 
 
@@ -343,7 +367,7 @@ def test_weights_of_a_new_stage_are_opened_once_it_has_a_table(tmp_path, monkeyp
     path = tmp_path / "new.safetensors"
     save_file({"weight": torch.ones(1)}, path, metadata={"config": '{"model": "OfANewStage"}'})
     try:
-        assert type(cli.load_generator(str(path), cpu=True)).__name__ == "OfANewStage"
+        assert type(generators.load_generator(str(path), cpu=True)).__name__ == "OfANewStage"
     finally:
         core.MODELS.pop("OfANewStage", None)
         sys.modules.pop("hybridvae.zz_new_model", None)
@@ -351,14 +375,16 @@ def test_weights_of_a_new_stage_are_opened_once_it_has_a_table(tmp_path, monkeyp
 
 
 def test_shipped_weights_have_names(tmp_path):
-    assert load_model(weights_folder() / "shapes-vae.safetensors").config == cli.load_generator("shapes-vae", cpu=True).config
+    shipped = load_model(weights_folder() / "shapes-vae.safetensors")
+    assert shipped.config == generators.load_generator("shapes-vae", cpu=True).config
 
 
-# --- reconstruct and interpolate -------------------------------------------------------------------------------------------
+# --- reconstruct and interpolate ------------------------------------------------------------------------------------
 
 def test_reconstructions_stand_below_their_images(weights, photos, tmp_path):
     out = tmp_path / "r.png"
-    assert "3 images" in command("reconstruct --cpu --steps 2 --n 3 --weights", weights["hybrid"], "--images", photos, "--out", out)
+    said = command("reconstruct --cpu --steps 2 --n 3 --weights", weights["hybrid"], "--images", photos, "--out", out)
+    assert "3 images" in said and "image, x̂, refinement" in said
     picture = pixels(out)
     assert picture.shape == (98, 98, 3)
     first = Image.open(photos / "00.png").resize((32, 32), Image.Resampling.LANCZOS, box=(2, 0, 38, 36))
@@ -366,7 +392,8 @@ def test_reconstructions_stand_below_their_images(weights, photos, tmp_path):
     model = load_model(weights["hybrid"])
     x = torch.stack([tile(picture, 0, i) for i in range(3)]).float() / 127.5 - 1
     x_hat, refined = map(to_uint8, model.reconstruct(x, steps=2, generator=image_draws(0, 0, len(x))))
-    assert all(torch.equal(tile(picture, row, i), images[i]) for row, images in ((1, x_hat), (2, refined)) for i in range(3))
+    for row, images in ((1, x_hat), (2, refined)):
+        assert all(torch.equal(tile(picture, row, i), images[i]) for i in range(3))
 
 
 def test_reconstructions_of_the_held_out_part_and_of_a_vae(weights, tmp_path):
@@ -385,15 +412,18 @@ def test_a_path_of_codes_holds_the_noise(weights, tmp_path):
     a, b = (torch.randn(1, 4, generator=generator(s)) for s in (7, 8))
     z = torch.cat([slerp(a, b, t) for t in (0, 0.25, 0.5, 0.75, 1)])
     noise = torch.randn(1, 3, 32, 32, generator=generator(9))
-    for row, images in enumerate((model.vae.decode(z), model.refine(model.vae.decode(z), z, noise=noise.expand(5, -1, -1, -1), steps=2))):
+    refined = model.refine(model.vae.decode(z), z, noise=noise.expand(5, -1, -1, -1), steps=2)
+    for row, images in enumerate((model.vae.decode(z), refined)):
         assert all((tile(picture, row, i).int() - to_uint8(images)[i].int()).abs().max() <= 1 for i in range(5))
 
 
 def test_a_path_of_noises_holds_the_code(weights, tmp_path):
     out = tmp_path / "i.png"
-    command("interpolate --cpu --steps 2 --n 3 --vary noise --seeds 7 8 --seed 9 --weights", weights["hybrid"], "--out", out)
+    path = "--n 3 --vary noise --seeds 7 8 --seed 9"
+    command("interpolate --cpu --steps 2", path, "--weights", weights["hybrid"], "--out", out)
     picture, model = pixels(out), load_model(weights["hybrid"])
-    assert torch.equal(tile(picture, 0, 0), tile(picture, 0, 2)) and not torch.equal(tile(picture, 1, 0), tile(picture, 1, 2))
+    assert torch.equal(tile(picture, 0, 0), tile(picture, 0, 2))
+    assert not torch.equal(tile(picture, 1, 0), tile(picture, 1, 2))
     z, noise = torch.randn(1, 4, generator=generator(9)), torch.randn(1, 3, 32, 32, generator=generator(8))
     last = to_uint8(model.refine(model.vae.decode(z), z, noise=noise, steps=2))[0]
     assert (tile(picture, 1, 2).int() - last.int()).abs().max() <= 1
@@ -402,7 +432,8 @@ def test_a_path_of_noises_holds_the_code(weights, tmp_path):
 def test_a_path_between_two_images_begins_and_ends_with_their_reconstructions(weights, photos, tmp_path):
     ends = photos / "00.png", photos / "02.png"
     command("interpolate --cpu --n 3 --weights", weights["vae"], "--images", *ends, "--out", tmp_path / "i.png")
-    command("reconstruct --cpu --weights", weights["vae"], "--images", ends[0], "--images", ends[1], "--out", tmp_path / "r.png")
+    command("reconstruct --cpu --weights", weights["vae"], "--images", ends[0], "--images", ends[1],
+            "--out", tmp_path / "r.png")
     path, reconstructions = pixels(tmp_path / "i.png"), pixels(tmp_path / "r.png")
     for on_path, number in ((0, 0), (2, 1)):
         assert (tile(path, 0, on_path).int() - tile(reconstructions, 1, number).int()).abs().max() <= 1
@@ -425,22 +456,25 @@ def test_a_hybrid_of_both_refines_as_often_as_asked(weights, tmp_path):
     file = save_model(randomised(model, 0.1), tmp_path / "both.safetensors")
     for k in (0, 2):
         command("sample --cpu --n 2 --steps 2 --refine-steps", k, "--weights", file, "--out", tmp_path / f"{k}.npz")
-        want = to_uint8(load_model(file).sample(2, steps=2, refine_steps=k, generator=image_draws(0, 0, 2))).permute(0, 2, 3, 1).numpy()
+        want = arrays(load_model(file).sample(2, steps=2, refine_steps=k, generator=image_draws(0, 0, 2)))
         assert np.abs(np.load(tmp_path / f"{k}.npz")["arr_0"].astype(int) - want.astype(int)).max() <= 1
 
 
 def test_latent_diffusion_samples_and_takes_another_prior(weights, tmp_path):
     command("sample --cpu --n 2 --steps 2 --weights", weights["latent"], "--out", tmp_path / "own.npz")
-    command("sample --cpu --n 2 --steps 2 --prior ex-pde --dataset shapes --weights", weights["latent"], "--out", tmp_path / "other.npz")
+    command("sample --cpu --n 2 --steps 2 --prior ex-pde --dataset shapes --weights", weights["latent"],
+            "--out", tmp_path / "other.npz")
     own, other = (np.load(tmp_path / name)["arr_0"] for name in ("own.npz", "other.npz"))
-    want = to_uint8(load_model(weights["latent"]).sample(2, steps=2, generator=image_draws(0, 0, 2))).permute(0, 2, 3, 1).numpy()
-    assert np.abs(own.astype(int) - want.astype(int)).max() <= 1 and np.abs(own.astype(int) - other.astype(int)).max() > 1
+    want = arrays(load_model(weights["latent"]).sample(2, steps=2, generator=image_draws(0, 0, 2)))
+    largest = lambda a, b: np.abs(a.astype(int) - b.astype(int)).max()
+    assert largest(own, want) <= 1 and largest(own, other) > 1
 
 
-# --- evaluate --------------------------------------------------------------------------------------------------------------
+# --- evaluate -------------------------------------------------------------------------------------------------------
 
 def test_evaluate_measures_what_sample_draws(weights, tmp_path):
-    said = command("evaluate --cpu --dataset shapes --n 20 --steps 2 --batch 20 --weights", weights["ddpm"], "--json", tmp_path / "m.json")
+    said = command("evaluate --cpu --dataset shapes --n 20 --steps 2 --batch 20 --weights", weights["ddpm"],
+                   "--json", tmp_path / "m.json")
     found = json.loads((tmp_path / "m.json").read_text())
     value = found["metrics"]["FD (shapes)"]["value"]
     assert f"{value:.4f}" in said and "n = 20" in said and "held-out, 100 images" in said and "FID" not in said
@@ -457,31 +491,38 @@ def test_evaluate_images_that_are_there(weights, tmp_path):
     (tmp_path / "real").mkdir()
     for i, image in enumerate(test.images):
         Image.fromarray(image).save(tmp_path / "real" / f"{i:03}.png")
-    by_file, by_folder = (command("evaluate --cpu --dataset shapes --images", tmp_path / name, "--json", tmp_path / "m.json")
+    words = "evaluate --cpu --dataset shapes --images"
+    by_file, by_folder = (command(words, tmp_path / name, "--json", tmp_path / "m.json")
                           for name in ("real.npz", "real"))
     assert by_file.splitlines()[1:] == by_folder.splitlines()[1:]
     metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
-    assert abs(metrics["FD (shapes)"]["value"]) < 1e-3 and metrics["precision (shapes)"]["value"] == 1  # they are the reference
-    other = command("evaluate --cpu --dataset shapes --n 50 --images", tmp_path / "real.npz", "--features", weights["features"])
+    assert abs(metrics["FD (shapes)"]["value"]) < 1e-3  # they are the reference
+    assert metrics["precision (shapes)"]["value"] == 1
+    other = command(words, tmp_path / "real.npz", "--n 50 --features", weights["features"])
     assert "n = 50" in other and other.splitlines()[1:] != by_file.splitlines()[1:]
 
 
 def test_the_networks_that_measure(weights, monkeypatch):
-    monkeypatch.setattr("hybridvae.metrics.load_inception", lambda path, device: ("inception", path))
-    names = lambda *asked: [getattr(network, "name", network) for network in cli._feature_networks(*asked, torch.device("cpu"))]
-    assert names("shapes", "", None) == ["shapes"] == names("flowers", "shapes", None) == names("flowers", str(weights["features"]), None)
+    monkeypatch.setattr(generators, "load_inception", lambda path, device: ("inception", path))
+    def names(*options):
+        networks = generators.measuring_networks(*options, torch.device("cpu"))
+        return [getattr(network, "name", network) for network in networks]
+
+    assert names("shapes", "", None) == ["shapes"] == names("flowers", "shapes", None)
+    assert names("flowers", str(weights["features"]), None) == ["shapes"]
     assert names("shapes", "", "w.pth") == ["shapes", ("inception", "w.pth")]
     assert names("flowers", "", "w.pth") == [("inception", "w.pth")]  # it has no network of its own
 
 
-# --- campaign --------------------------------------------------------------------------------------------------------------
+# --- campaign -------------------------------------------------------------------------------------------------------
 
 def test_campaign_runs_what_is_missing_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "results_folder", lambda: tmp_path / "none")
     words = "campaign --cpu --dataset shapes --experiment vae --runs", tmp_path / "runs"
     assert "0 of 2 entries recorded, 2 to be trained, 0 trained and to be measured" in command(*words, "--list")
     assert "0 of 2" in command(*words, "--minutes 0")
-    assert "2 of 2 entries recorded, 0 to be trained, 0 trained and to be measured; the same command continues." in command(*words)
+    assert ("2 of 2 entries recorded, 0 to be trained, 0 trained and to be measured; the same command continues."
+            in command(*words))
     written = (tmp_path / "runs" / "shapes" / "vae" / "seed0.json").stat().st_mtime_ns
     assert "recorded: " not in command(*words)
     assert (tmp_path / "runs" / "shapes" / "vae" / "seed0.json").stat().st_mtime_ns == written
@@ -491,11 +532,13 @@ def test_campaign_runs_what_is_missing_once(tiny, tmp_path, monkeypatch):
 
 def test_a_filter_keeps_what_is_depended_on():
     entries = campaigns.queue("cifar10")
-    picked = cli._picked(entries, ["diffusevae-form2*"])
+    picked = selection.with_dependencies(entries, ["diffusevae-form2*"])
     names = {e.experiment for e in picked}
-    assert {"features", "vae", "diffusevae-form2", "diffusevae-form2-z"} <= names and not {"ddpm", "diffusevae-form1"} & names
+    assert {"features", "vae", "diffusevae-form2", "diffusevae-form2-z"} <= names
+    assert not {"ddpm", "diffusevae-form1"} & names
     assert picked == [e for e in entries if e in picked]  # in their order
-    assert {e.seed for e in picked if e.experiment == "vae"} == {e.seed for e in picked if e.experiment == "diffusevae-form2"}
+    seeds = lambda name: {e.seed for e in picked if e.experiment == name}
+    assert seeds("vae") == seeds("diffusevae-form2")
 
 
 def test_a_dry_run_says_what_it_changes(tiny, tmp_path, monkeypatch):
@@ -506,13 +549,14 @@ def test_a_dry_run_says_what_it_changes(tiny, tmp_path, monkeypatch):
     assert "1 of 1 entries came through" in said and files_below(tmp_path) == []
 
 
-# --- bench -----------------------------------------------------------------------------------------------------------------
+# --- bench ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def shrunk(monkeypatch):
     "All experiments as in a dry run."
     queue = campaigns.queue
-    monkeypatch.setattr(campaigns, "queue", lambda *names: [campaigns.shrink(e) for e in queue(*names)])
+    for module in (campaigns, selection):
+        monkeypatch.setattr(module, "queue", lambda *names: [campaigns.shrink(e) for e in queue(*names)])
 
 
 def test_profile_prints_tables_and_writes_traces_and_the_memory(shrunk, tmp_path, monkeypatch):
@@ -523,21 +567,24 @@ def test_profile_prints_tables_and_writes_traces_and_the_memory(shrunk, tmp_path
     assert files_below(tmp_path) == sorted(["profiles", "profiles/memory.png", *traces])
     assert pixels(tmp_path / "profiles" / "memory.png").std() > 0
     for name in names:
-        assert re.search(rf"^{name}, training step: [\d,]+ ms, at most [\d.]+ MiB", said, flags=re.M) and f"{name}, sampling: " in said
+        assert re.search(rf"^{name}, training step: [\d,]+ ms, at most [\d.]+ MiB", said, flags=re.M)
+        assert f"{name}, sampling: " in said
     assert said.count("aten::convolution_backward") == 3  # once for each training step, but for that of the MLP
     assert re.search(r"^sampling: ms per image( +[\d.]+){4}$", said, flags=re.M)
     assert re.search(r"^GFLOP per sample( +[\d.]+){4}$", said, flags=re.M)
 
 
-def test_profile_takes_patterns_without_dependencies_or_feature_networks_and_seed_0_alone(shrunk, tmp_path, monkeypatch):
-    asked, inner = [], benches.profile_entry
+def test_profile_takes_patterns_without_dependencies_or_feature_networks_and_seed_0_alone(tmp_path, monkeypatch):
+    profiled = []
 
     def profile_entry(entry, *options):
-        asked.append((entry.experiment, entry.seed, *options))
-        return inner(entry, *options)
+        profiled.append((entry.experiment, entry.seed, *options))
+        call = Profile("cpu", 0.001, 0.001, [], [(0.0, 0)])
+        return {"sampling": call}, {"experiment": entry.experiment, "GFLOP": 1.0}
     monkeypatch.setattr(benches, "profile_entry", profile_entry)
-    command("bench profile --cpu --dataset cifar10 --experiment features* --experiment diffusevae-form[1] --sampler ddim --steps 2 --out", tmp_path / "x")
-    assert asked == [("diffusevae-form1", 0, None, "ddim", 2, tmp_path / "x", True)]
+    patterns = "--experiment features* --experiment diffusevae-form[1]"
+    command("bench profile --cpu --dataset cifar10 --sampler ddim --steps 2", patterns, "--out", tmp_path / "x")
+    assert profiled == [("diffusevae-form1", 0, None, "ddim", 2, tmp_path / "x", True)]
 
 
 def test_bench_compares_with_peers_and_keeps_the_other_part(tmp_path, monkeypatch):
@@ -548,35 +595,39 @@ def test_bench_compares_with_peers_and_keeps_the_other_part(tmp_path, monkeypatc
     said = command("bench --tiny --rounds 1 --batch 2 --cpu")
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["growth"] == {"rows": []} and (found["peers"]["batch"], found["peers"]["rounds"]) == (2, 1)
-    assert re.search(r"^hybridvae +fp32 +eager", said, flags=re.M) and "training, fp32: times diffusers" in said and "written to bench.json" in said
+    assert re.search(r"^hybridvae +fp32 +eager", said, flags=re.M)
+    assert "training, fp32: times diffusers" in said and "written to bench.json" in said
 
 
 def test_bench_growth_writes_its_part(tmp_path, monkeypatch):
     monkeypatch.setattr(benches, "TINY_GROWTH", {"batch": (1, 2)})
     said = command("bench growth --tiny --rounds 1 --cpu --out", tmp_path / "b.json")
     found = json.loads((tmp_path / "b.json").read_text())
-    assert list(found) == ["growth"] and [r["batch"] for r in found["growth"]["rows"]] == [1, 2] and "gflop_per_call" in said
+    assert list(found) == ["growth"] and [r["batch"] for r in found["growth"]["rows"]] == [1, 2]
+    assert "gflop_per_call" in said
 
 
 def test_bench_times_what_matches(shrunk, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = command("bench times --experiment ddpm --experiment joint-none --batch 2 --rounds 1 --cpu")
     found = json.loads((tmp_path / "times-shapes.json").read_text())
-    assert {r["experiment"] for r in found["rows"]} == {"ddpm", "joint-none"} and (found["batch"], found["rounds"]) == (2, 1)
+    assert {r["experiment"] for r in found["rows"]} == {"ddpm", "joint-none"}
+    assert (found["batch"], found["rounds"]) == (2, 1)
     assert re.search(r"ddpm +sampler dpmpp, steps 3 +3 ", said) and "written to times-shapes.json" in said
 
 
-# --- report ----------------------------------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    "A clone of the repository in which only the feature network is recorded: records of other sizes stay out of the report."
+    "A clone in which only the feature network is recorded: records of other sizes stay out of the report."
     here, there = core.project_root(), tmp_path / "clone"
     shutil.copytree(here / "hybridvae", there / "hybridvae", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(here / "nbs" / "results" / "shapes" / "features", there / "nbs" / "results" / "shapes" / "features")
+    records = Path("nbs", "results", "shapes", "features")
+    shutil.copytree(here / records, there / records)
     for name in ("07_report.ipynb", "refs.bib"):
         shutil.copy(here / "nbs" / name, there / "nbs")
-    monkeypatch.setattr(core, "project_root", lambda: there)
+    monkeypatch.setattr(report, "project_root", lambda: there)
     monkeypatch.setenv("PYTHONPATH", str(there))
     monkeypatch.setenv("HYBRIDVAE_RUNS", "")  # restored afterwards: the command sets it
 
@@ -596,14 +647,14 @@ def test_report_over_a_fresh_study(tiny, clone, tmp_path):
 
 def test_report_does_only_what_it_shows_and_takes_complete_records_as_they_are(tmp_path, monkeypatch):
     asked, written = [], {}
-    entries = {name: runs.find_entry(campaigns.queue("shapes"), name) for name in cli.STUDY}
+    entries = {name: runs.find_entry(campaigns.queue("shapes"), name) for name in report.STUDY}
     vae = entries["vae"]
     written["vae"] = {"config": vae.config, "evaluations": list(vae.evaluations), **dict.fromkeys(vae.studies),
                       "studied": dict.fromkeys(vae.studies, vae.studied)}
     monkeypatch.setattr(runs, "recorded", lambda entry, *roots: written.get(entry.experiment))
-    monkeypatch.setattr(runs, "run_entry", lambda entry, *rest, **options: asked.append(entry))
-    monkeypatch.setattr(cli, "_summary", lambda record, runs: "")
-    monkeypatch.setattr(cli, "render_report", lambda runs: runs)
+    monkeypatch.setattr(runs, "run_entry", lambda entry, *rest, **options: asked.append(entry) or {})
+    monkeypatch.setattr(selection, "summary", lambda record, runs: "")
+    monkeypatch.setattr(report, "render_report", lambda runs: runs)
     command("report --runs", tmp_path)
     assert [e.experiment for e in asked] == ["ddpm", "diffusevae-form1"]
     assert [e.evaluations for e in asked] == [entries[e.experiment].evaluations[:1] for e in asked]
@@ -624,12 +675,12 @@ def test_the_bibliography_is_read_whole():
 
 
 def test_report_outside_a_clone(monkeypatch, tmp_path):
-    monkeypatch.setattr("hybridvae.core.project_root", lambda: tmp_path)
+    monkeypatch.setattr(report, "project_root", lambda: tmp_path)
     with pytest.raises(HybridVAEError, match="needs a clone"):
         render_report(tmp_path)
 
 
-# --- mistakes --------------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def place(tmp_path, weights, photos, cache, monkeypatch):
@@ -730,7 +781,8 @@ MISTAKES = [
     ("campaign --train --measure", "--train and --measure"),
     ("export --weights vae.safetensors --out model.bin", "model.bin.*safetensors"),
     ("export --weights vae.safetensors --prior ex-pde --out m.safetensors", "--prior and --dataset go together"),
-    ("export --weights ddpm.safetensors --prior ex-pde --dataset shapes --out m.safetensors", "ex-pde needs a latent code"),
+    ("export --weights ddpm.safetensors --prior ex-pde --dataset shapes --out m.safetensors",
+     "ex-pde needs a latent code"),
     ("campaign --list --minutes 3", "--minutes"),
     ("bench profile --dataset imagenet", "imagenet"),
     ("bench profile --experiment gan", r"'gan'.*choose from .*ddpm"),
@@ -790,7 +842,8 @@ def test_what_a_model_says_of_a_bad_option_is_the_sentence(weights, tmp_path, ca
         raise ValueError("colour is 'plaid': choose red or blue")
 
     monkeypatch.setattr(DDPM, "sample", sample)
-    assert "colour is 'plaid': choose red or blue." in sentence(capsys, monkeypatch, "sample --weights", weights["ddpm"], "--out", tmp_path / "x.png")
+    said = sentence(capsys, monkeypatch, "sample --weights", weights["ddpm"], "--out", tmp_path / "x.png")
+    assert "colour is 'plaid': choose red or blue." in said
     assert files_below(tmp_path) == []
 
 
@@ -804,14 +857,16 @@ def test_a_full_gpu_gets_one_sentence(weights, tmp_path, capsys, monkeypatch):
 
 def test_a_bug_is_not_dressed_up_as_a_mistake(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(DDPM, "sample", lambda self, n, **options: 1 / 0)
-    monkeypatch.setattr("sys.argv", ["hybridvae", "sample", "--weights", str(weights["ddpm"]), "--out", str(tmp_path / "x.png")])
+    words = "hybridvae sample --weights", weights["ddpm"], "--out", tmp_path / "x.png"
+    monkeypatch.setattr("sys.argv", words_of(words))
     with pytest.raises(ZeroDivisionError):
         main()
 
 
 def test_a_stopped_write_leaves_what_was_there(weights, tmp_path, monkeypatch):
     (tmp_path / "x.npz").write_bytes(b"from before")
-    monkeypatch.setattr(np, "savez", lambda path, **arrays: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    answer = CliRunner().invoke(app, words_of(["sample --cpu --n 2 --weights", weights["vae"], "--out", tmp_path / "x.npz"]))
+    monkeypatch.setattr(np, "savez", disk_full)
+    words = "sample --cpu --n 2 --weights", weights["vae"], "--out", tmp_path / "x.npz"
+    answer = CliRunner().invoke(app, words_of(words))
     assert isinstance(answer.exception, HybridVAEError) and "No space" in str(answer.exception)
     assert files_below(tmp_path) == ["x.npz"] and (tmp_path / "x.npz").read_bytes() == b"from before"

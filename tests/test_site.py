@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from layers import PICTURE, direct, floors, import_graph, svg
 from readme import readme
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,12 @@ def parsed(cell):
     return ast.parse(re.sub(r"^[ \t]*[%!].*$", "", source(cell), flags=re.M))
 
 
+def only_imports(cell):
+    "Whether a cell holds imports and nothing else."
+    body = parsed(cell).body
+    return bool(body) and all(isinstance(stmt, (ast.Import, ast.ImportFrom)) for stmt in body)
+
+
 def prose(nb):
     "The markdown of a notebook with its code blocks and inline code taken out, one string per cell."
     texts = [re.sub(r"^(```|~~~).*?^\1", "", source(c), flags=re.M | re.S) for c in cells(nb, "markdown")]
@@ -74,7 +81,7 @@ def bib_keys(bib):
     return re.findall(r"^@\w+\{([^,\s]+),", bib, flags=re.M)
 
 
-# --- checks of one notebook: (path, nb) -> list of faults -------------------------------------------------------------
+# --- checks of one notebook: (path, nb) -> list of faults -----------------------------------------------------------
 
 def title_cell(path, nb):
     if not nb["cells"] or nb["cells"][0]["cell_type"] != "markdown":
@@ -175,7 +182,7 @@ def test_notebook(check, path):
     assert not faults, f"{path.name}: " + "; ".join(faults)
 
 
-# --- checks of the whole ----------------------------------------------------------------------------------------------
+# --- checks of the whole --------------------------------------------------------------------------------------------
 
 def sidebar_entries(contents):
     for item in contents:
@@ -190,13 +197,15 @@ def unlike(listed, present, where):
 
 def test_sidebar():
     config = yaml.safe_load((NBS / "_quarto.yml").read_text())
-    faults = unlike(sidebar_entries(config["website"]["sidebar"]["contents"]), [p.name for p in NOTEBOOKS], "_quarto.yml")
+    listed = sidebar_entries(config["website"]["sidebar"]["contents"])
+    faults = unlike(listed, [p.name for p in NOTEBOOKS], "_quarto.yml")
     assert not faults, "; ".join(faults)
 
 
 def map_rows(nb):
     "The rows of the table of notebooks on the home page: notebook -> module."
-    return dict(re.findall(r"^\| \[[^\]]+\]\((\w+\.ipynb)\) \| (?:`([\w.]+)`)? *\|", "\n".join(map(source, nb["cells"])), flags=re.M))
+    text = "\n".join(map(source, nb["cells"]))
+    return dict(re.findall(r"^\| \[[^\]]+\]\((\w+\.ipynb)\) \| (?:`([\w.]+)`)? *\|", text, flags=re.M))
 
 
 def default_exp(nb):
@@ -207,13 +216,41 @@ def test_map_of_notebooks():
     rows = map_rows(json.loads((NBS / "index.ipynb").read_text()))
     there = {p.name: default_exp(json.loads(p.read_text())) for p in NOTEBOOKS if p.stem != "index"}
     faults = unlike(rows, there, "the table of index.ipynb")
-    faults += [f"{name} exports {there[name]!r}, the table says {rows[name]!r}" for name in rows.keys() & there.keys() if rows[name] != there[name]]
+    faults += [f"{name} exports {there[name]!r}, the table says {rows[name]!r}"
+               for name in rows.keys() & there.keys() if rows[name] != there[name]]
     assert not faults, "; ".join(faults)
 
 
 def test_every_module_has_a_notebook():
     made = {default_exp(json.loads(p.read_text())).split(".")[-1] for p in NOTEBOOKS}
     assert not {p.stem for p in (ROOT / "hybridvae").glob("[!_]*.py")} - made
+
+
+def test_a_module_imports_only_what_stands_above_it_on_the_home_page():
+    rows = map_rows(json.loads((NBS / "index.ipynb").read_text()))
+    modules = [name.removeprefix("hybridvae.") for name in rows.values()]
+    for name, imports in import_graph().items():
+        later = [other for other in imports if modules.index(other) > modules.index(name)]
+        assert not later, f"hybridvae.{name} imports {', '.join(later)}, below it in the table of index.ipynb"
+
+
+def test_the_picture_of_the_layers_is_current():
+    assert PICTURE.read_text() == svg(import_graph()), "nbs/layers.svg is not what the modules import: run make readme"
+
+
+def test_floors_and_direct_imports_of_a_small_package(tmp_path):
+    files = {"low": "import math", "middle": "from .low import x", "side": "from hybridvae.low import x",
+             "high": "def f():\n    from hybridvae.middle import y\n    from . import low",
+             "_private": "from .high import f"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    graph = import_graph(tmp_path)
+    assert graph == {"low": set(), "middle": {"low"}, "side": {"low"}, "high": {"middle", "low"}}
+    assert floors(graph) == [["low"], ["middle", "side"], ["high"]]
+    assert direct(graph)["high"] == {"middle"}
+    assert all(f">{name}</text>" in svg(graph) for name in graph) and "Floor 3: high." in svg(graph)
+    with pytest.raises(ValueError, match="circle: a, b"):
+        floors({"a": {"b"}, "b": {"a"}})
 
 
 def test_readme_is_current():
@@ -233,14 +270,15 @@ def test_references_are_complete():
         assert {"title", "author", "year", "url"} <= {*re.findall(r"^  (\w+) = \{.+\},$", entry, flags=re.M)}, entry
 
 
-# --- each check on a planted fault -------------------------------------------------------------------------------------
+# --- each check on a planted fault ----------------------------------------------------------------------------------
 
 def md(text):
     return {"cell_type": "markdown", "metadata": {}, "source": text.splitlines(keepends=True)}
 
 
 def code(src, **output):
-    return {"cell_type": "code", "metadata": {}, "source": src.splitlines(keepends=True), "outputs": [output] if output else []}
+    return {"cell_type": "code", "metadata": {}, "source": src.splitlines(keepends=True),
+            "outputs": [output] if output else []}
 
 
 GOOD = [
@@ -248,9 +286,11 @@ GOOD = [
     code("#| default_exp core"),
     code("#| export\nimport math\n# the standard library\nfrom pathlib import Path"),
     code("#| export\ndef flow():\n    import nflows\n    return nflows" + "\n" * 20),
-    md("## What it is {#sec-what}\nSee [next](01_next.ipynb#a-heading), [@kingma2014vae; @ho2020ddpm], @fig-a, @sec-what and "
-       "@eq-e; write to me@example.org.\n```\n@nobody [x](none.ipynb)\n```\n$$x$$ {#eq-e}, `@torch.no_grad` and [up](#sec-what)"),
-    code("#| label: fig-a\n#| fig-cap: As @ho2020ddpm\n%matplotlib inline\nplot()", output_type="stream", text=["loss 0.1\n"]),
+    md("## What it is {#sec-what}\nSee [next](01_next.ipynb#a-heading), [@kingma2014vae; @ho2020ddpm], @fig-a, "
+       "@sec-what and @eq-e; write to me@example.org.\n```\n@nobody [x](none.ipynb)\n```\n"
+       "$$x$$ {#eq-e}, `@torch.no_grad` and [up](#sec-what)"),
+    code("#| label: fig-a\n#| fig-cap: As @ho2020ddpm\n%matplotlib inline\nplot()",
+         output_type="stream", text=["loss 0.1\n"]),
 ]
 
 
@@ -289,7 +329,7 @@ FAULTS = [
     (crossrefs, [code("#| label: tbl-a\nshow()")], "tbl-a has no tbl-cap"),
     (outputs, [code("x", output_type="error", ename="NameError")], "NameError"),
     (outputs, [code("x", output_type="display_data", data={"application/vnd.jupyter.widget-view+json": {}})], "widget"),
-    (outputs, [code("x", output_type="stream", text=[" 50%|#####     | 5/10 [00:01<00:01,  4.9it/s]"])], "progress bar"),
+    (outputs, [code("x", output_type="stream", text=[" 50%|####   | 5/10 [00:01<00:01,  4.9it/s]"])], "progress bar"),
     (size, [code("x", output_type="display_data", data={"image/png": "A" * MAX_BYTES})], "bytes"),
     (machine_paths, [code("open('/home/me/data.npy')")], "/home/me/data.npy"),
     (machine_paths, [code("x", output_type="stream", text=["saved ", "to /tmp/run\n"])], "/tmp/run"),
@@ -310,8 +350,10 @@ def test_checks_find_a_planted_fault(check, planted, says, nbs):
 
 def test_sidebar_and_map_find_what_is_missing():
     listed = sidebar_entries(["a.ipynb", {"section": "B", "contents": ["b.ipynb"]}])
-    assert unlike(listed, ["b.ipynb", "c.ipynb"], "here") == ["a.ipynb is in here but not in nbs/", "c.ipynb is in nbs/ but not in here"]
-    table = md("| notebook | module |\n|---|---|\n| [Core](00_core.ipynb) | `hybridvae.core` | seeds |\n| [Report](07_report.ipynb) | | results |")
+    assert unlike(listed, ["b.ipynb", "c.ipynb"], "here") == ["a.ipynb is in here but not in nbs/",
+                                                              "c.ipynb is in nbs/ but not in here"]
+    table = md("| notebook | module |\n|---|---|\n| [Core](00_core.ipynb) | `hybridvae.core` | seeds |\n"
+               "| [Report](07_report.ipynb) | | results |")
     assert map_rows({"cells": [table]}) == {"00_core.ipynb": "hybridvae.core", "07_report.ipynb": ""}
     assert default_exp({"cells": GOOD}) == "hybridvae.core"
 

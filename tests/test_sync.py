@@ -17,7 +17,8 @@ ENV = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # nbdev_export do
 
 
 def nbdev(command, project):
-    subprocess.run([Path(sys.executable).with_name(command)], cwd=project, env=ENV, check=True, capture_output=True, text=True)
+    words = [Path(sys.executable).with_name(command)]
+    subprocess.run(words, cwd=project, env=ENV, check=True, capture_output=True, text=True)
 
 
 def copied(project, to):
@@ -32,7 +33,8 @@ def copied(project, to):
 
 def differing(a, b, pattern):
     names = {p.name for folder in (a, b) for p in folder.glob(pattern)}
-    return sorted(n for n in names if not ((a / n).exists() and (b / n).exists() and (a / n).read_bytes() == (b / n).read_bytes()))
+    content = lambda folder, name: (folder / name).read_bytes() if (folder / name).exists() else None
+    return sorted(name for name in names if content(a, name) != content(b, name))
 
 
 def out_of_step(project, tmp_path):
@@ -57,7 +59,8 @@ def test_package_is_what_the_notebooks_export(tmp_path):
 
 def test_notebooks_are_clean(tmp_path):
     names = unclean(ROOT, tmp_path)
-    assert not names, f"nbs/{names[0]} holds traces of a machine: run .venv/bin/nbdev_clean ({len(names)} of this kind: {', '.join(names)})"
+    assert not names, (f"nbs/{names[0]} holds traces of a machine: run .venv/bin/nbdev_clean "
+                       f"({len(names)} of this kind: {', '.join(names)})")
 
 
 @pytest.fixture
@@ -71,7 +74,8 @@ def project(tmp_path):
     sources = ["#| default_exp small", "#| export\ndef one(): return 1"]
     cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": s, "outputs": [], "execution_count": None}
              for i, s in enumerate(sources)]
-    (root / "nbs" / "00_small.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (root / "nbs" / "00_small.ipynb").write_text(json.dumps(notebook))
     nbdev("nbdev_export", root)
     nbdev("nbdev_clean", root)
     return root

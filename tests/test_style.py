@@ -1,0 +1,148 @@
+"""How code and prose are written: linters, lengths of cells and lines, the course's words.
+
+Each check of a notebook returns what is wrong, and is itself tried on a planted fault.
+"""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_site import NOTEBOOKS, cells, code, directives, md, only_imports, source
+
+ROOT = Path(__file__).parents[1]
+LINE, CELL, LESSON_CELL = 120, 40, 25  # characters of a line; lines of a cell, and of one in the lessons 01 to 07
+
+# pattern -> what is written instead
+WORDS = {
+    r"\bplans?\b": "coarse image (or reconstruction) x̂",
+    r"\b(?:mis|dis)?trust(?:s|ed|ing)?\b": "conditioning strength",
+    r"\bdoubt(?:s|ed|ing|ful)?\b": "conditioning strength, or uncertainty",
+    r"\beyes\b": "feature network",
+}
+RECORD_KEYS = r"""(["'])(?:trusted|doubted)\1"""  # in committed records, which stay as they are
+
+
+def run(*words):
+    "A module of Python as a program: what it prints where it fails."
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_ruff_is_clean():
+    report = run("ruff", "check", "--no-cache", "--output-format", "concise", "hybridvae", "tests", "nbs")
+    assert not report, report
+
+
+def test_mypy_is_clean():
+    report = run("mypy", "--cache-dir", "/dev/null")
+    assert not report, report
+
+
+# --- checks of one notebook: (path, nb) -> list of faults -----------------------------------------------------------
+
+def short_cells(path, nb):
+    limit = LESSON_CELL if re.match(r"0[1-7]_", path.name) else CELL
+    lengths = [(len(source(cell).splitlines()), source(cell)) for cell in cells(nb, "code")]
+    return [f"a cell of {n} lines, more than {limit}, that opens with {text[:60]!r}"
+            for n, text in lengths if n > limit]
+
+
+def short_lines(path, nb):
+    lines = [line for cell in nb["cells"] for line in source(cell).splitlines()]
+    return [f"a line of {len(line)} characters: {line[:60]!r}" for line in lines if len(line) > LINE and breaks(line)]
+
+
+def breaks(line):
+    "Whether a line can be shorter: one that holds the address of a page cannot."
+    return not re.search(r"https?://", line)
+
+
+def folded_imports(path, nb):
+    imports = [cell for cell in cells(nb, "code") if only_imports(cell)]
+    return [f"'#| code-fold: true' is missing above {source(cell)[:60]!r}"
+            for cell in imports if directives(cell).get("code-fold") != "true"]
+
+
+def words(path, nb):
+    faults = []
+    for cell in nb["cells"]:
+        text = re.sub(RECORD_KEYS, "", source(cell))
+        for pattern, instead in WORDS.items():
+            for match in re.finditer(pattern, text, flags=re.I):
+                around = text[max(0, match.start() - 30):match.end() + 20].replace("\n", " ")
+                faults.append(f"{match[0]!r} in {around!r}: write {instead}")
+    return faults
+
+
+CHECKS = [short_cells, short_lines, folded_imports, words]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_notebook(check, path):
+    faults = check(path, json.loads(path.read_text()))
+    assert not faults, f"{path.name}: " + "; ".join(faults)
+
+
+# --- modules and tests ----------------------------------------------------------------------------------------------
+
+def without_exports(text):
+    "A module without its `__all__`, whose lines nbdev makes a little longer."
+    return re.sub(r"^__all__ = \[.*?\]$", "", text, flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("hybridvae/*.py"), *ROOT.glob("tests/*.py")]),
+                         ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_lines_of_code_are_short(path):
+    if path.name != "_modidx.py":
+        long = [line for line in without_exports(path.read_text()).splitlines() if len(line) > LINE]
+        assert not long, long
+
+
+# --- each check on a planted fault ----------------------------------------------------------------------------------
+
+LESSON, REFERENCE = Path("01_lesson.ipynb"), Path("90_reference.ipynb")
+GOOD = [
+    md("The coarse image x̂ and its uncertainty; a planet, `torch.eye`.\n[a](https://" + "x" * LINE + ")"),
+    code("#| export\n#| code-fold: true\nimport math\n# the package\nfrom pathlib import Path"),
+    code('answers["trusted"], answers[\'doubted\'], torch.eye(3)'),
+    code("x = 1\n" * LESSON_CELL),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_checks_accept_a_good_notebook(check):
+    assert check(LESSON, {"cells": GOOD}) == []
+
+
+FAULTS = [
+    (short_cells, LESSON, code("x = 1\n" * (LESSON_CELL + 1)), "26 lines, more than 25"),
+    (short_cells, LESSON, code("#| export\n" + "x = 1\n" * LESSON_CELL), "26 lines, more than 25"),
+    (short_cells, REFERENCE, code("x = 1\n" * (CELL + 1)), "41 lines, more than 40"),
+    (short_lines, LESSON, md("x" * (LINE + 1)), "121 characters"),
+    (short_lines, LESSON, md("| a | " + "x " * LINE + " |"), "248 characters"),
+    (short_lines, LESSON, code("#| fig-cap: " + "x" * LINE), "132 characters"),
+    (folded_imports, LESSON, code("import math"), "import math"),
+    (folded_imports, LESSON, code("#| export\nfrom math import pi"), "from math import pi"),
+    (words, LESSON, md("The VAE's Plan"), "'Plan'"),
+    (words, LESSON, md("two plans"), "coarse image"),
+    (words, LESSON, md("x̂ is trusted"), "conditioning strength"),
+    (words, LESSON, code("distrust = 1"), "conditioning strength"),
+    (words, LESSON, code("# in doubt"), "uncertainty"),
+    (words, LESSON, md("its eyes"), "feature network"),
+]
+
+
+@pytest.mark.parametrize("check, path, planted, says", FAULTS, ids=[f"{c.__name__}-{s}" for c, _, _, s in FAULTS])
+def test_checks_find_a_planted_fault(check, path, planted, says):
+    faults = check(path, {"cells": [planted]})
+    assert len(faults) == 1 and says in faults[0]
+
+
+def test_an_unclean_file_is_found(tmp_path):
+    (tmp_path / "bad.py").write_text("import os\n\n\ndef f() -> int:\n    return 'x'\n")
+    assert "F401" in run("ruff", "check", "--no-cache", "--select", "F", str(tmp_path))
+    assert "return-value" in run("mypy", "--cache-dir", "/dev/null", "--config-file", "", str(tmp_path / "bad.py"))
+    assert without_exports("__all__ = ['a',\n           'b']\nx = 1") == "\nx = 1"
