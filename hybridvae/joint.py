@@ -19,7 +19,7 @@ from .core import Draws
 from .diffusevae import DiffuseVAE, RefinerInputs
 from .diffusion import WEIGHTINGS
 from .training import POINTS
-from .vae import reparameterize
+from .vae import active_units, kl_per_dimension, reparameterize
 
 # %% ../nbs/02_joint_training.ipynb #cell-006
 class ScaledGradient(torch.autograd.Function):
@@ -188,10 +188,9 @@ def code_use(mu: torch.Tensor, logvar: torch.Tensor) -> dict[str, torch.Tensor]:
 
     A unit is active where the variance of μ over the batch is above 0.01 (Burda et al. 2016).
     """
-    kl = (0.5 * (mu.square() + logvar.exp() - 1 - logvar)).mean(dim=0).detach()
+    kl = kl_per_dimension(mu, logvar).mean(dim=0).detach()
     quantiles = kl.quantile(torch.linspace(0, 1, 5, device=kl.device))
-    active = (mu.detach().var(dim=0, correction=0) > 0.01).float().sum()
-    return {"active_units": active, **{f"kl_q{q}": v for q, v in zip((0, 25, 50, 75, 100), quantiles)}}
+    return {"active_units": active_units(mu.detach()).float(), **{f"kl_q{q}": v for q, v in zip((0, 25, 50, 75, 100), quantiles)}}
 
 # %% ../nbs/02_joint_training.ipynb #e2a1000a
 #| code-fold: true
