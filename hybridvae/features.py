@@ -6,12 +6,11 @@
 __all__ = ['BLUR_SIGMA', 'NOISE_STD', 'VIEW_SHARE', 'COLOUR_RANGE', 'GREY_SHARE', 'FEATURE_WEIGHTS', 'FEATURE_DATASETS',
            'FeatureModel', 'gaussian_blur', 'degrade', 'FeatureNetwork', 'hue_difference', 'ResidualBlock',
            'residual_body', 'Whitening', 'whitened_body', 'crop', 'cut_out', 'Classifier', 'adjust_colour',
-           'random_view', 'vicreg', 'retrieval_accuracy', 'effective_rank', 'FaceEncoder', 'weights_folder',
-           'feature_path', 'shipped_features', 'load_features']
+           'random_view', 'vicreg', 'retrieval_accuracy', 'effective_rank', 'FaceEncoder', 'feature_path',
+           'shipped_features', 'load_features']
 
 # %% ../nbs/00h_features.ipynb #cell-002
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Draws, HybridVAEError, Model, derive_seed, load_model, project_root, to_float
+from .core import Draws, HybridVAEError, Model, derive_seed, load_model, to_float, weights_folder
 from .data import FACTORS, ImageData
 from .vae import group_norm
 
@@ -387,11 +386,6 @@ class FaceEncoder(FeatureModel):
 FEATURE_WEIGHTS = {"shapes": "shapes-features.safetensors", "cifar": "cifar-features.safetensors",
                    "faces": "faces-features.safetensors", "faces-256": "faces-256-features.safetensors"}
 FEATURE_DATASETS = {"shapes": "shapes", "cifar": "cifar10", "faces": "celeba64", "faces-256": "celeba256"}
-
-
-def weights_folder() -> Path:
-    "Where shipped weights lie: `$HYBRIDVAE_WEIGHTS`, or `weights` beside the package."
-    return Path(os.environ.get("HYBRIDVAE_WEIGHTS") or project_root() / "weights")
 
 
 def feature_path(name: str) -> Path:
