@@ -188,7 +188,8 @@ class Model(Recorded):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        MODELS[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):  # a base class is not built
+            MODELS[cls.__name__] = cls
 
     @classmethod
     def from_config(cls, config: dict) -> "Model":
@@ -522,7 +523,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
         model = build_model(config)
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     except UnknownModel as error:
-        raise UnknownModel(f"{path} holds a model of the class {config.get('model')!r}, which the package does not have: "
+        raise UnknownModel(f"{path} holds a model of the class {config.get('model')!r}, which is not in the package: "
                            "import the module that defines it first.") from error
     except (SafetensorError, HybridVAEError, AttributeError, KeyError, ValueError, RuntimeError) as error:
         raise HybridVAEError(f"{path} does not hold a hybridvae model ({str(error).splitlines()[0]}): "
