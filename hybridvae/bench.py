@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_flops, count_parameters,
                             default_device, image_draws,
-                            derive_seed, project_root, provenance, to_uint8, weights_hash, write_json)
+                            derive_seed, package_folder, provenance, to_uint8, weights_hash, write_json)
 from .data import Batches, ImageData, load_data
 from .diffusion import GaussianDiffusion
 from .features import load_features
@@ -448,7 +448,7 @@ STARTS = {"python": ["-c", "pass"], "hybridvae --help": ["-m", "hybridvae", "--h
 
 def start_up(rounds: int = 5) -> list[dict]:
     "Seconds until a new process has answered or imported, with quartiles; of Python and PyTorch alone for comparison."
-    path = os.pathsep.join([str(project_root()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(package_folder().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     start = lambda words: lambda: subprocess.run([sys.executable, *words], env={**os.environ, "PYTHONPATH": path},
                                                  check=True, capture_output=True)
     found = in_turns({name: start(words) for name, words in STARTS.items()}, rounds)

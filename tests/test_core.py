@@ -2,6 +2,7 @@
 import json
 import math
 import resource
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from conftest import complains, disk_full, files_below
 from hybridvae import core
 from hybridvae.core import (RECORD_KEYS, Draws, Model, atomic_path, budget, build_model, config_hash,
-                            count_parameters, default_device, derive_seed, image_grid, load_model, load_records, provenance,
-                            record_path, save_grid, save_model, to_float, to_uint8, weights_hash, write_record)
+                            count_parameters, default_device, derive_seed, image_grid, load, load_model, load_records,
+                            project_root, provenance, record_path, save_grid, save_model, to_float, to_uint8,
+                            weights_hash, write_record)
 from hybridvae.vae import VAE
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -172,11 +174,33 @@ def test_the_commit_comes_from_the_environment_where_there_is_no_git(monkeypatch
     monkeypatch.setenv("HYBRIDVAE_COMMIT", "abc123")
     assert (provenance()["commit"], provenance()["dirty"]) == ("abc123", False)
     monkeypatch.delenv("HYBRIDVAE_COMMIT")
-    assert (provenance()["commit"], provenance()["dirty"]) == ("unknown", True)
+    assert (provenance()["commit"], provenance()["dirty"]) == ("none (release 0.1.0)", True)
+
+
+def test_the_commit_is_that_of_the_repository_that_tracks_the_package_and_of_no_other(tmp_path, monkeypatch):
+    def git(*words):
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        done = subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    module = tmp_path / "hybridvae" / "core.py"
+    module.parent.mkdir()
+    module.write_text("1\n")
+    monkeypatch.delenv("HYBRIDVAE_COMMIT", raising=False)
+    monkeypatch.setattr(core, "package_folder", lambda: module.parent)
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "-m", "a project in whose folder the package is installed")
+    assert core._commit() == ("none (release 0.1.0)", True)
+    git("add", ".")
+    git("commit", "--quiet", "-m", "the package")
+    assert core._commit() == (git("rev-parse", "HEAD"), False)
+    module.write_text("2\n")
+    assert core._commit() == (git("rev-parse", "HEAD"), True)
 
 
 def test_the_gpu_is_used_where_there_is_one_unless_asked_not_to(monkeypatch):
-    for there, cpu, expected in ((True, False, "cuda"), (True, True, "cpu"), (False, False, "cpu"), (False, True, "cpu")):
+    cases = ((True, False, "cuda"), (True, True, "cpu"), (False, False, "cpu"), (False, True, "cpu"))
+    for there, cpu, expected in cases:
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert default_device(cpu) == torch.device(expected)
 
@@ -249,6 +273,32 @@ def test_a_weights_file_that_is_not_there_is_named(tmp_path):
         load_model(tmp_path / "none.safetensors")
 
 
+def test_shipped_weights_have_names_and_a_path_comes_first(vae, tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRIDVAE_WEIGHTS", str(tmp_path / "shipped"))
+    save_model(vae, tmp_path / "shipped" / "small.safetensors")
+    assert equal_weights(load("small"), vae) and equal_weights(load(tmp_path / "shipped" / "small.safetensors"), vae)
+    with complains("no weights 'large'", "small"):
+        load("large")
+    other = VAE.from_config(vae.config)
+    monkeypatch.chdir(tmp_path)
+    save_model(other, "small")
+    assert equal_weights(load("small"), other)
+
+
+def test_weights_of_a_class_that_is_not_imported_are_not_called_damaged(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.ones(1)}, path, metadata={"config": '{"model": "OfAnotherPackage"}'})
+    with complains("OfAnotherPackage", "import the module that defines it first"):
+        load_model(path)
+
+
+def test_weights_and_records_are_beside_the_package_or_inside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "package_folder", lambda: tmp_path / "hybridvae")
+    assert project_root() == tmp_path
+    (tmp_path / "hybridvae" / "nbs").mkdir(parents=True)
+    assert project_root() == tmp_path / "hybridvae"
+
+
 def test_weights_that_do_not_fit_on_the_disk_leave_nothing(vae, tmp_path, monkeypatch):
     monkeypatch.setattr(core.os, "replace", disk_full)
     with complains(tmp_path / "vae.safetensors", "No space left"):
@@ -271,6 +321,8 @@ def test_weights_that_grow_too_large_for_the_file_system_get_the_same_sentence(v
 def test_a_config_that_names_no_class_or_no_argument_is_refused():
     with complains("no model class 'VEA'", "VAE"):
         build_model({"model": "VEA"})
+    with complains("there is no model class ''", "VAE"):
+        build_model({})
     with complains("the config of VAE does not fit", "widht"):
         build_model({"model": "VAE", "widht": 3})
 

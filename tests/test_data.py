@@ -149,7 +149,8 @@ def stored(request, tmp_path):
     "The same 10 images and labels, the images stored in different ways."
     few = numbered(10)
     np.save(tmp_path / "x.npy", np.concatenate([few.images, few.images[::-1]]))
-    whole = np.load(tmp_path / "x.npy", mmap_mode=None if request.param in ("memory", "read-only", "every other") else "r")
+    mode = None if request.param in ("memory", "read-only", "every other") else "r"
+    whole = np.load(tmp_path / "x.npy", mmap_mode=mode)
     if request.param == "every other":
         few.images = whole.repeat(2, axis=0)[:20:2]
         return few
@@ -187,7 +188,8 @@ def test_classes_choose_their_images():
 
 def test_cifar10_has_the_names_of_its_classes(arrays):
     part = load_cifar10("train", arrays.parent)  # labels 0 to 5
-    assert part.label_names == CIFAR10_CLASSES and [part.mask(c).argmax() for c in CIFAR10_CLASSES[:6]] == list(range(6))
+    assert part.label_names == CIFAR10_CLASSES
+    assert [part.mask(c).argmax() for c in CIFAR10_CLASSES[:6]] == list(range(6))
 
 
 def test_factors_choose_their_images(small_shapes):
@@ -210,7 +212,8 @@ def test_factors_choose_their_images(small_shapes):
     (("shape", "ring"), ("never 'ring'", *SHAPE_NAMES, "0 to 2")), (("shape", 3), ("never 3", "cross")),
     (("shape", (0, 1)), ("never (0, 1)", "cross")), (("hue",), ("'hue'", "None", "range (low, high)", "0.0 to 0.75")),
     (("hue", 0.3), ("0.3", "range (low, high)")), (("hue", (0.5, 0.2)), ("(0.5, 0.2)", "range")),
-    (("hue", ("a", "b")), ("range",)), (("size", (0.3, 0.3)), ("0.3 to 0.42",)), (("x", (1, 2, 3)), ("-0.08 to 0.08",))])
+    (("hue", ("a", "b")), ("range",)), (("size", (0.3, 0.3)), ("0.3 to 0.42",)),
+    (("x", (1, 2, 3)), ("-0.08 to 0.08",))])
 def test_labels_and_values_that_do_not_exist_are_refused(small_shapes, arguments, words):
     with complains(*words):
         small_shapes[0].mask(*arguments)
@@ -228,7 +231,8 @@ def sparse(tmp_path):
     folder.mkdir()
     np.lib.format.open_memmap(folder / "train_images.npy", "w+", np.uint8, (n, 256, 256, 3))
     np.save(folder / "train_ids.npy", np.arange(140_000, 140_000 + n, dtype=np.int32))
-    assert (folder / "train_images.npy").stat().st_blocks * 512 < 10**7, "this test needs a file system with sparse files"
+    on_disk = (folder / "train_images.npy").stat().st_blocks * 512
+    assert on_disk < 10**7, "this test needs a file system with sparse files"
     return tmp_path
 
 
@@ -518,7 +522,7 @@ def test_images_without_labels_make_batches_without_labels():
     assert Batches(ImageData("x", "train", few.images), 2, seed=0)(0, Draws(0, 0))[1] is None
 
 
-# --- batches of data that are not on the device ------------------------------------------------------------------------
+# --- batches of data that are not on the device ---------------------------------------------------------------------
 
 def mapped(data, tmp_path):
     "The same data in a file."
@@ -546,7 +550,7 @@ def test_a_memory_map_stays_one_on_the_cpu_and_fills_half_of_a_gpu_at_most(tmp_p
     few = numbered(10)
     file, n = mapped(few, tmp_path), few.images.nbytes
     assert Batches(few, 2, 0).resident and not Batches(file, 2, 0).resident
-    assert np.shares_memory(Batches(file, 2, 0).images, file.images)
+    assert np.shares_memory(Batches(file, 2, 0).rows.images, file.images)
     for free, fits in ((2 * n, True), (2 * n - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 100 * n))
         assert all(data._fits(d.images, torch.device("cuda")) == fits for d in (few, file))

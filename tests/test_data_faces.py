@@ -43,7 +43,8 @@ def jpeg(image):
 
 
 def table(rows, *header):
-    return "\n".join([*header, *(f"{n:06d}.jpg " + " ".join(f"{v:2d}" for v in values) for n, values in rows)]).encode() + b"\n"
+    lines = (f"{n:06d}.jpg " + " ".join(f"{v:2d}" for v in values) for n, values in rows)
+    return "\n".join([*header, *lines]).encode() + b"\n"
 
 
 def official(images=None):
@@ -132,7 +133,8 @@ def test_the_crop_is_the_middle_and_is_antialiased(source, tmp_path):
     prepare_celeba(64, tmp_path, source=source)
     image = load_celeba(64, "train", tmp_path).images[0].astype(float)
     middle = (np.arange(64) + 0.5) * 148 / 64 - 0.5  # of the new pixels, in pixels of the square
-    for seen, first in ((image[32, :, 0], 15), (image[:, 32, 1], 35)):  # red counts the columns of the original, green its rows
+    # red counts the columns of the original, green its rows
+    for seen, first in ((image[32, :, 0], 15), (image[:, 32, 1], 35)):
         error = seen - (first + middle)
         assert abs(error.mean()) < 0.2 and abs(error).max() < 3
     stripes = np.zeros((218, 178, 3), np.uint8)
@@ -188,10 +190,12 @@ class Unreachable(Exception):
     "As gdown raises: no kind of RuntimeError or OSError, and of several lines."
 
 
-@pytest.mark.parametrize("error", [Unreachable("Cannot retrieve the link.\n\n\tTry a browser"), OSError("no route to host")])
+@pytest.mark.parametrize("error", [Unreachable("Cannot retrieve the link.\n\n\tTry a browser"),
+                                   OSError("no route to host")])
 def test_without_a_network_the_user_is_told_what_to_do(drive, tmp_path, error):
     drive.files["img_align_celeba.zip"] = error
-    with complains("CelebA could not be downloaded", tmp_path / "celeba64", str(error).split()[0], "check the network connection",
+    with complains("CelebA could not be downloaded", tmp_path / "celeba64", str(error).split()[0],
+                   "check the network connection",
                    "source=", "train_images.npy and train_ids.npy"):
         prepare_celeba(64, tmp_path)
     assert files_below(tmp_path) == ["celeba64"]
@@ -286,7 +290,8 @@ def test_a_disk_that_is_full_at_the_end_leaves_only_whole_arrays(source, tmp_pat
 BROKEN = {"truncated": (lambda whole: whole[:len(whole) // 2], "truncated"),
           "empty": (lambda whole: b"", "cannot identify"),
           "text": (lambda whole: b"hello", "cannot identify"),
-          "of another size": (lambda whole: jpeg(Image.new("RGB", (409, 687))), "409 x 687 pixels instead of 178 x 218")}
+          "of another size": (lambda whole: jpeg(Image.new("RGB", (409, 687))),
+                              "409 x 687 pixels instead of 178 x 218")}
 
 
 @pytest.mark.parametrize("damage, words", BROKEN.values(), ids=BROKEN)
@@ -301,9 +306,11 @@ def test_an_unreadable_image_in_the_archive_is_named(monkeypatch, tmp_path, dama
 
 
 def test_a_source_without_official_images_is_refused(source, tmp_path):
-    with complains(tmp_path / "nowhere" / "celeba" / "img_align_celeba", "no .jpg files", "img_align_celeba/000001.jpg"):
+    folder = tmp_path / "nowhere" / "celeba" / "img_align_celeba"
+    with complains(folder, "no .jpg files", "img_align_celeba/000001.jpg"):
         prepare_celeba(64, tmp_path, source=tmp_path / "nowhere")
-    shutil.copy(source / "celeba" / "img_align_celeba" / "000001.jpg", source / "celeba" / "img_align_celeba" / "me.jpg")
+    images = source / "celeba" / "img_align_celeba"
+    shutil.copy(images / "000001.jpg", images / "me.jpg")
     with complains("img_align_celeba/me.jpg", "no official CelebA number", "000001 to 202599", "prepare_folder"):
         prepare_celeba(64, tmp_path, source=source)
     with complains("64 or 256 pixels, not 128", "prepare_folder"):
@@ -345,9 +352,11 @@ def faces(tmp_path, monkeypatch):
 
 def test_arrays_of_images_and_numbers_are_all_that_is_needed(faces):
     train, test = load_celeba(64, "train", faces), load_celeba(64, "test", faces)
-    assert train.images[:, 0, 0, 0].tolist() == list(range(7)) and test.images[:, 0, 0, 0].tolist() == list(range(7, 12))
+    assert train.images[:, 0, 0, 0].tolist() == list(range(7))
+    assert test.images[:, 0, 0, 0].tolist() == list(range(7, 12))
     assert (train.ids.tolist(), test.ids.tolist()) == (TRAIN, TEST) and train.labels is None
-    assert train.description.startswith("CelebA-64, 7 of 202,599 images (12-image subset): centre crop of 148 of 178 pixels")
+    assert train.description.startswith("CelebA-64, 7 of 202,599 images (12-image subset): "
+                                        "centre crop of 148 of 178 pixels")
     assert "HQ" not in train.description
 
 
@@ -370,13 +379,13 @@ def test_numbers_in_any_order_choose_the_same_images(faces):
 
 
 def test_large_arrays_stay_in_their_file(faces, monkeypatch):
-    monkeypatch.setattr(data, "MAX_IN_MEMORY", 12 * 64 * 64 * 3 - 1)
+    monkeypatch.setattr(data, "MAP_ABOVE", 12 * 64 * 64 * 3 - 1)
     for split, n in (("train", 7), ("test", 5)):
         part = load_celeba(64, split, faces)
         assert isinstance(part.images, np.memmap) and len(part) == n and not part.images.flags.writeable
-    monkeypatch.setattr(data, "MAX_IN_MEMORY", 12 * 64 * 64 * 3)
+    monkeypatch.setattr(data, "MAP_ABOVE", 12 * 64 * 64 * 3)
     assert not isinstance(load_celeba(64, "train", faces).images, np.memmap)
-    monkeypatch.setattr(data, "MAX_IN_MEMORY", 0)
+    monkeypatch.setattr(data, "MAP_ABOVE", 0)
     np.save(faces / "celeba64" / "train_ids.npy", np.array(NUMBERS[::-1], np.int32))
     with complains("train_ids.npy", "not in ascending order", "remove its files"):
         load_celeba(64, "train", faces)
@@ -394,7 +403,8 @@ FACE_FAULTS = {
     "other size": ("train_images.npy", np.zeros((12, 32, 32, 3), np.uint8), ("N x 64 x 64 x 3",)),
     "attributes of others": ("train_attributes.npy", np.zeros((11, 40), np.uint8), ("12 x 40",)),
     "attributes of -1 and 1": ("train_attributes.npy", np.full((12, 40), 255, np.uint8), ("0 to 1 are allowed",)),
-    "attributes without names": ("train_attributes.npy", np.zeros((12, 40), np.uint8), ("attribute_names.json", "40 names")),
+    "attributes without names": ("train_attributes.npy", np.zeros((12, 40), np.uint8),
+                                 ("attribute_names.json", "40 names")),
 }
 
 
@@ -525,7 +535,8 @@ def test_resizing_is_antialiased(tmp_path):
     stripes[:, ::4], stripes[:, 1::4] = 255, 255
     (tmp_path / "src").mkdir()
     Image.fromarray(stripes).save(tmp_path / "src" / "a.png")
-    assert abs(loaded(tmp_path / "src", "stripes", tmp_path) - 127.5)[:, 2:-2].max() < 4  # every fourth pixel would be white
+    # every fourth pixel would be white
+    assert abs(loaded(tmp_path / "src", "stripes", tmp_path) - 127.5)[:, 2:-2].max() < 4
 
 
 def noise(size, dtype):
@@ -551,7 +562,8 @@ KINDS = {
     "alpha.png": (Image.fromarray(half), {(8, 0): (255, 0, 0), (8, 15): (255, 204, 204)}),
     "alpha.webp": (Image.fromarray(half), {(8, 15): (255, 204, 204)}),
     "grey and alpha.png": (Image.new("LA", (16, 16), (0, 0)), {(5, 5): (255, 255, 255)}),
-    "16 bits.png": (Image.fromarray(deep), {(0, 0): (0,) * 3, (4, 3): (64,) * 3, (8, 9): (200,) * 3, (15, 0): (255,) * 3}),
+    "16 bits.png": (Image.fromarray(deep),
+                    {(0, 0): (0,) * 3, (4, 3): (64,) * 3, (8, 9): (200,) * 3, (15, 0): (255,) * 3}),
     "16 bits.tif": (Image.fromarray(deep), {(4, 3): (64,) * 3, (15, 0): (255,) * 3}),
     "cmyk.jpg": (Image.new("CMYK", (16, 16), (0, 255, 255, 0)), {(5, 5): (255, 0, 0)}),
     "plain.jpeg": (Image.new("RGB", (16, 16), (200, 100, 50)), {(5, 5): (200, 100, 50)}),
@@ -631,7 +643,8 @@ def test_the_names_of_built_in_data_sets_are_taken(album, root, name):
 
 @pytest.mark.parametrize("arguments, words", [
     ({"image_size": 30}, ("30 pixels", "multiple of 8", "16 to 1024")), ({"image_size": 0}, ("multiple of 8",)),
-    ({"image_size": -32}, ("multiple of 8",)), ({"image_size": 8}, ("16 to 1024",)), ({"image_size": 1032}, ("16 to 1024",)),
+    ({"image_size": -32}, ("multiple of 8",)), ({"image_size": 8}, ("16 to 1024",)),
+    ({"image_size": 1032}, ("16 to 1024",)),
     ({"image_size": 32.0}, ("multiple of 8",)), ({"heldout": 0}, ("share of 0", "up to 0.5")),
     ({"heldout": 0.6}, ("share of 0.6",)), ({"source": "nowhere"}, ("no folder", "nowhere"))])
 def test_impossible_requests_are_refused(album, root, arguments, words):
@@ -686,7 +699,8 @@ def test_pixels_of_unknown_range_are_not_guessed(album, root):
 def test_images_that_are_too_small_are_named_with_their_size(album, root):
     picture(1, 100, 31).save(album / "a11.png")
     picture(1, 8, 8).save(album / "b" / "x.png")
-    with complains("2 of 22 images", album, "smaller than 32 pixels", "first of them a11.png with 100 x 31", "smaller size"):
+    with complains("2 of 22 images", album, "smaller than 32 pixels", "first of them a11.png with 100 x 31",
+                   "smaller size"):
         prepare_folder(album, "album", 32)
     assert files_below(root) == []
     (album / "b" / "y.png").write_bytes(b"")  # what cannot be read comes first
@@ -724,7 +738,8 @@ def test_unknown_names_are_answered_with_those_that_exist(album, root):
 
 
 @pytest.mark.parametrize("array, words", [
-    (np.zeros((4, 32, 24, 3), np.uint8), ("24 x 32 pixels", "square")), (np.zeros((4, 32, 32), np.uint8), ("N x N x N x 3",)),
+    (np.zeros((4, 32, 24, 3), np.uint8), ("24 x 32 pixels", "square")),
+    (np.zeros((4, 32, 32), np.uint8), ("N x N x N x 3",)),
     (np.zeros((4, 32, 32, 3)), ("float64",)), (np.zeros((0, 32, 32, 3), np.uint8), ("N x N x N x 3",))])
 def test_damaged_arrays_of_a_folder_are_named(root, array, words):
     (root / "mine").mkdir(parents=True)

@@ -11,9 +11,9 @@ from conftest import complains, generator, randomised
 from hybridvae.core import Draws, build_model, count_flops, count_parameters, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.features import (FEATURE_WEIGHTS, Classifier, FaceEncoder, FeatureNetwork, ResidualBlock, Whitening,
-                                adjust_colour,
-                                crop, cut_out, degrade, effective_rank, feature_path, gaussian_blur, hue_difference,
-                                load_features, random_view, retrieval_accuracy, shipped_features, vicreg)
+                                adjust_colour, crop, cut_out, degrade, effective_rank, factor_targets, feature_path,
+                                gaussian_blur, hue_difference, load_features, random_view, retrieval_accuracy,
+                                shipped_features, vicreg)
 from hybridvae.training import Average, TrainConfig, train
 
 
@@ -59,7 +59,7 @@ def test_hues_are_compared_on_the_circle():
 
 def test_the_networks_targets_say_what_the_factors_are():
     factors = torch.from_numpy(shapes_factors(np.arange(50)))
-    targets = FeatureNetwork.factor_targets(factors)
+    targets = factor_targets(factors)
     for column, name in ((0, 1), (2, 6)):  # hue and ground, on the circle
         angle = torch.atan2(targets[:, column + 1], targets[:, column]) / (2 * torch.pi) % 1
         torch.testing.assert_close(angle, factors[:, name], rtol=1e-4, atol=1e-5)
@@ -118,7 +118,7 @@ NETWORKS = {
 
 
 def seasoned(make):
-    "A network whose batch normalisation has seen images, in eval mode: with untouched statistics eval would be trivial."
+    "A network in eval mode, after its batch normalisation has seen images: untouched statistics would be trivial."
     torch.manual_seed(0)
     model = make()
     draws = Draws(0, 0)
@@ -205,7 +205,10 @@ def test_networks_are_small_enough_to_ship():
 
 
 def test_the_classifier_is_the_network_of_the_speed_runs():
-    "Closed form: 3 x 3 convolutions, two in a group, batch norms, the whitening's bias, the last layer; 0.24 GFLOP an image."
+    """Closed form: 3 x 3 convolutions, two in a group, batch norms, the whitening's bias, the last layer.
+
+    An image costs 0.24 GFLOP.
+    """
     convolutions, norms, width = 0, 0, 24
     for c in (64, 256, 256):
         convolutions, norms, width = convolutions + 9 * c * (width + c), norms + 4 * c, c
@@ -333,9 +336,10 @@ def slow_vicreg(a, b):
              "covariance": 0}
     for z in (a, b):
         mean = [sum(z[i, k] for i in range(n)) / n for k in range(p)]
-        cov = lambda k, l: sum((z[i, k] - mean[k]) * (z[i, l] - mean[l]) for i in range(n)) / (n - 1)
-        terms["variance"] += sum(max(0, 1 - math.sqrt(cov(k, k) + 1e-4)) for k in range(p)) / p
-        terms["covariance"] += sum(cov(k, l) ** 2 for k in range(p) for l in range(p) if k != l) / p
+        cov = [[sum((z[i, j] - mean[j]) * (z[i, k] - mean[k]) for i in range(n)) / (n - 1) for k in range(p)]
+               for j in range(p)]
+        terms["variance"] += sum(max(0, 1 - math.sqrt(cov[k][k] + 1e-4)) for k in range(p)) / p
+        terms["covariance"] += sum(cov[j][k] ** 2 for j in range(p) for k in range(p) if j != k) / p
     return terms
 
 
@@ -364,9 +368,11 @@ def test_both_views_of_an_image_are_damaged_alike(monkeypatch):
     monkeypatch.setattr("hybridvae.features.random_view", lambda x, draws: seen.append(x) or x)
     x = torch.rand(8, 3, 32, 32, generator=generator()) * 2 - 1
     for damage in (False, True):
-        FaceEncoder(image_size=32, channels=(4, 8), blocks=1, projection=8, damage=damage).training_loss(x, draws=Draws(0, 0))
+        encoder = FaceEncoder(image_size=32, channels=(4, 8), blocks=1, projection=8, damage=damage)
+        encoder.training_loss(x, draws=Draws(0, 0))
     assert torch.equal(seen[0], x) and torch.equal(seen[1], x)
-    assert torch.equal(seen[2], seen[3]) and torch.equal(seen[2], degrade(x, Draws(0, 0))[0]) and not torch.equal(seen[2], x)
+    assert torch.equal(seen[2], seen[3]) and torch.equal(seen[2], degrade(x, Draws(0, 0))[0])
+    assert not torch.equal(seen[2], x)
 
 
 def test_covariances_are_exact_under_autocast():
@@ -424,7 +430,8 @@ def test_measures_say_what_the_encoder_sees():
 def test_without_averaging_the_trained_network_is_the_last_one(tmp_path):
     "ema_kimg=0: weights and running statistics of one and the same step."
     data = dataclasses.replace(shapes(64), labels=(np.arange(64) % 3).astype(np.uint8))
-    config = TrainConfig(kimg=0.128, batch_size=32, ema_kimg=0, weight_decay=0.1, lr=1e-2, lr_decay="constant", n_slices=2)
+    config = TrainConfig(kimg=0.128, batch_size=32, ema_kimg=0, weight_decay=0.1, lr=1e-2, lr_decay="constant",
+                         n_slices=2)
     model, last = NETWORKS["Classifier"](), []
     original = Average.update
     with pytest.MonkeyPatch.context() as patch:

@@ -52,7 +52,7 @@ def cloud(n, dim=6, seed=0, shift=0.0):
     return torch.randn(n, dim, generator=generator(seed)) + shift
 
 
-# --- one look at each image --------------------------------------------------------------------------------------------
+# --- one look at each image ------------------------------------------------------------------------------------------
 
 
 def test_images_are_let_go_as_soon_as_they_are_seen(network):
@@ -280,7 +280,10 @@ def test_the_texture_distance_has_the_units_of_the_reference():
 
 @pytest.fixture(scope="module")
 def seen_by_both(shipped):
-    "2,000 images each, as in the tables: damaged ones, and the real ones of five disjoint sets; distances to held-out images."
+    """Distances to held-out images of 2,000 images each, as in the tables.
+
+    Of damaged images, and of the real ones of five disjoint sets.
+    """
     train, reference = load_data("shapes", "train"), describe(shipped, load_data("shapes", "test"))
 
     def distances(batches):
@@ -290,11 +293,13 @@ def seen_by_both(shipped):
 
     real = [distances(ImageData("shapes", "train", train.images[i:i + 2_000])) for i in range(0, 10_000, 2_000)]
     damaged = {name: distances(degraded(train, name, np.arange(2_000))) for name in DEGRADATIONS}
-    floor = {kind: (np.mean([r[kind] for r in real]), np.std([r[kind] for r in real], ddof=1)) for kind in ("FD", "texture")}
+    values = {kind: [r[kind] for r in real] for kind in ("FD", "texture")}
+    floor = {kind: (np.mean(v), np.std(v, ddof=1)) for kind, v in values.items()}
     return floor, damaged
 
 
-CHAINS = [("half the texture", "no texture"), ("blur, 0.5 pixels", "blur, 1 pixel"), ("noise, 5 of 255", "noise, 20 of 255"),
+CHAINS = [("half the texture", "no texture"), ("blur, 0.5 pixels", "blur, 1 pixel"),
+          ("noise, 5 of 255", "noise, 20 of 255"),
           ("JPEG 90", "JPEG 75")]
 
 
@@ -314,7 +319,7 @@ def test_a_generator_without_texture_is_caught(seen_by_both):
     assert far["texture"] > 5 and damaged["no texture"]["FD"] < damaged["blur, 0.5 pixels"]["FD"]
 
 
-# --- how sure is a distance --------------------------------------------------------------------------------------------
+# --- how sure is a distance ------------------------------------------------------------------------------------------
 
 
 def test_the_bootstraps_distances_are_frechet_distances(monkeypatch):
@@ -334,7 +339,7 @@ def test_long_features_have_no_bootstrap():
     assert frechet_deviation(x, x) is None
 
 
-# --- paired runs --------------------------------------------------------------------------------------------------------
+# --- paired runs -----------------------------------------------------------------------------------------------------
 
 
 def by_seed(*values):
@@ -413,7 +418,8 @@ def test_the_kernel_distance_is_that_of_torch_fidelity():
     "Subsets as large as the sets: then both packages take all images, in whatever order."
     a, b = cloud(80, shift=0.3), cloud(80, seed=1)
     want = kid_features_to_metric(a.double(), b.double(), kid_subsets=2, kid_subset_size=80, verbose=False)
-    assert kernel_distance(a, b, subsets=2, subset_size=80) == pytest.approx(want["kernel_inception_distance_mean"], rel=1e-9)
+    expected = pytest.approx(want["kernel_inception_distance_mean"], rel=1e-9)
+    assert kernel_distance(a, b, subsets=2, subset_size=80) == expected
 
 
 def test_the_kernel_distance_is_the_double_sum_of_the_kernel():
@@ -432,7 +438,8 @@ def test_the_kernel_distance_is_unbiased_where_the_frechet_distance_is_not():
 
 
 @pytest.mark.parametrize("metric", [lambda: kernel_distance(cloud(50), cloud(60, seed=1), subsets=5, subset_size=20),
-                                    lambda: inception_score(cloud(57)), lambda: diversity(cloud(20), cloud(20, seed=1))])
+                                    lambda: inception_score(cloud(57)),
+                                    lambda: diversity(cloud(20), cloud(20, seed=1))])
 def test_random_subsets_are_the_same_every_time_and_the_global_generator_is_left_alone(metric):
     torch.manual_seed(1)
     first, state = metric(), torch.get_rng_state()
@@ -442,7 +449,7 @@ def test_random_subsets_are_the_same_every_time_and_the_global_generator_is_left
     assert metric() == first
 
 
-# --- class score -------------------------------------------------------------------------------------------------------
+# --- class score -----------------------------------------------------------------------------------------------------
 
 
 def test_the_class_score_is_that_of_torch_fidelity():
@@ -521,7 +528,7 @@ def test_diversity_is_the_mean_distance_of_pairs():
     assert diversity(a, b, pairs=200_000) == pytest.approx(want.item(), rel=0.01)
 
 
-# --- frequencies -------------------------------------------------------------------------------------------------------
+# --- frequencies -----------------------------------------------------------------------------------------------------
 
 
 def wave(cycles, size=32, amplitude=100, axis=3):
@@ -555,7 +562,7 @@ def test_the_power_of_white_noise_is_its_variance():
     assert power_spectrum(noise).mean().item() == pytest.approx((20 / 255)**2, rel=0.1)
 
 
-# --- latent space ------------------------------------------------------------------------------------------------------
+# --- latent space ----------------------------------------------------------------------------------------------------
 
 
 def test_spherical_interpolation_is_that_of_torch_fidelity():
@@ -563,7 +570,8 @@ def test_spherical_interpolation_is_that_of_torch_fidelity():
     for t in (0.0, 0.2, 1.0):
         torch.testing.assert_close(slerp(a, b, t), batch_slerp_any(a, b, t), rtol=1e-4, atol=1e-5)
     t = torch.linspace(0, 1, 20)
-    torch.testing.assert_close(slerp(a, b, t), torch.cat([slerp(a[i:i + 1], b[i:i + 1], t[i].item()) for i in range(20)]))
+    one_by_one = torch.cat([slerp(a[i:i + 1], b[i:i + 1], t[i].item()) for i in range(20)])
+    torch.testing.assert_close(slerp(a, b, t), one_by_one)
     torch.testing.assert_close(slerp(a, a, 0.3), a)
     maps = lambda x: x.reshape(20, 1, 3, 3)
     torch.testing.assert_close(slerp(maps(a), maps(b), t), maps(slerp(a, b, t)))
@@ -599,7 +607,8 @@ def test_the_path_length_sees_jumps_and_repeats_itself(shipped):
     smooth = lambda z: torch.tanh(z[:, :3, None, None]).expand(-1, 3, 32, 32)
     jumps = lambda z: torch.tanh(4 * z[:, :3]).mul(2).round().div(2)[:, :, None, None].expand(-1, 3, 32, 32)
     a, b = cloud(100), cloud(100, seed=1)
-    assert path_length(smooth, a, a, shipped) < 1e-3 < path_length(smooth, a, b, shipped) < path_length(jumps, a, b, shipped)
+    gradual, sudden = (path_length(function, a, b, shipped) for function in (smooth, jumps))
+    assert path_length(smooth, a, a, shipped) < 1e-3 < gradual < sudden
     first, again, other = (path_length(smooth, a, b, shipped, generator=g) for g in (None, generator(0), generator(1)))
     assert first == again != other
 
@@ -621,9 +630,10 @@ def test_the_readout_is_the_share_of_variance_that_least_squares_explains():
     found = linear_readout(code[:500], factors[:500], code[500:], torch.from_numpy(factors[500:]))
     design = np.concatenate([code.double().numpy(), np.ones((800, 1))], axis=1)
     for name, target in (("size", factors[:, 2:3]), ("x", factors[:, 3:4]),
-                         ("ground", np.stack([np.cos(2 * np.pi * factors[:, 6]), np.sin(2 * np.pi * factors[:, 6])], axis=1))):
+                         ("ground", np.stack([f(2 * np.pi * factors[:, 6]) for f in (np.cos, np.sin)], axis=1))):
         weights = np.linalg.lstsq(design[:500], target[:500], rcond=None)[0]
-        left = ((target[500:] - design[500:] @ weights)**2).sum() / ((target[500:] - target[500:].mean(axis=0))**2).sum()
+        total = ((target[500:] - target[500:].mean(axis=0))**2).sum()
+        left = ((target[500:] - design[500:] @ weights)**2).sum() / total
         assert 0.1 < 1 - left < 0.99 and found[name] == pytest.approx(1 - left, rel=1e-6), name
 
 
@@ -638,7 +648,8 @@ def test_the_readout_is_the_share_of_variance_that_least_squares_explains():
     ("precision", "inception", "held-out", "precision (inception)"),
     ("FD", "inception-1a2b3c4d", None, "FD (inception-1a2b3c4d)"),
     ("high-frequency power", "cifar", "held-out", "high-frequency power"),
-    ("texture distance", "inception", "training set", "texture distance to training set"), ("recall", Plain(), None, "recall (plain)")])
+    ("texture distance", "inception", "training set", "texture distance to training set"),
+    ("recall", Plain(), None, "recall (plain)")])
 def test_only_inception_measures_fid_and_is(kind, network, reference, want):
     assert metric_name(kind, network, reference) == want
 
@@ -646,7 +657,8 @@ def test_only_inception_measures_fid_and_is(kind, network, reference, want):
 def test_a_comparison_says_what_was_compared_with_what():
     network = WithClasses()
     held_out_images = shapes(60, 1000).tensor().clone()
-    held_out_images[:40] //= 2  # the last twenty are unlike the first forty, which alone count for precision and the like
+    # the last twenty are unlike the first forty, which alone count for precision and the like
+    held_out_images[:40] //= 2
     sampled, held_out, train = (describe(network, x) for x in (shapes(40), held_out_images, shapes(90, 5000)))
     for metric in (precision_recall, density_coverage):
         few, all_of_them = metric(sampled.features, held_out.features[:40]), metric(sampled.features, held_out.features)
@@ -657,7 +669,8 @@ def test_a_comparison_says_what_was_compared_with_what():
         "FD (plain)": (frechet_distance(sampled.features, held_out.features), "held-out, 60 images"),
         "FD (plain) to training set": (frechet_distance(sampled.features, train.features), "training set, 90 images"),
         "texture distance": (texture_distance(sampled.texture, held_out.texture), "held-out, 60 images"),
-        "texture distance to training set": (texture_distance(sampled.texture, train.texture), "training set, 90 images"),
+        "texture distance to training set":
+            (texture_distance(sampled.texture, train.texture), "training set, 90 images"),
         "KID (plain)": (kernel_distance(sampled.features, held_out.features), "held-out, 60 images"),
         "class score (plain)": (inception_score(sampled.logits), None),
         "confidence (plain)": (sampled.logits.double().exp().div(sampled.logits.double().exp().sum(dim=1, keepdim=True))
@@ -675,8 +688,8 @@ def test_a_comparison_says_what_was_compared_with_what():
         free = name.startswith(("high-frequency power", "texture distance"))
         seen = (None, None) if free else ("plain", found["FD (plain)"]["hash"])
         sure = {"deviation": pytest.approx(deviations[name], rel=1e-4)} if name in deviations else {}
-        assert found[name] == {"value": pytest.approx(value, rel=1e-4), "reference": reference, "feature_network": seen[0],
-                               "hash": seen[1]} | sure, name
+        assert found[name] == {"value": pytest.approx(value, rel=1e-4), "reference": reference,
+                               "feature_network": seen[0], "hash": seen[1]} | sure, name
     with torch.no_grad():
         network.scale.mul_(2)
     assert compare(sampled, {"held-out": held_out}, network)["FD (plain)"]["hash"] != found["FD (plain)"]["hash"]
@@ -691,7 +704,8 @@ def test_a_comparison_without_held_out_images_names_what_it_used(network):
 
 def test_sets_that_are_too_small_are_refused(network):
     empty, few = ImageStatistics(network), describe(network, shapes(5))
-    for sampled, reference in ((empty, few), (few, describe(network, shapes(30))), (describe(network, shapes(30)), few)):
+    many = describe(network, shapes(30))
+    for sampled, reference in ((empty, few), (few, many), (many, few)):
         with complains(f"{len(sampled)} images", "six"):
             measure(sampled, reference)
 
@@ -721,7 +735,8 @@ def clean(shipped, held_out):
 
 def test_noise_costs_fidelity_and_adds_high_frequencies(shipped, held_out, clean):
     images, noise = shapes(300).tensor().float(), torch.randn(300, 3, 32, 32, generator=generator())
-    levels = [clean, *(measured((images + std * noise).round().clamp(0, 255), shipped, held_out) for std in (10, 20, 40))]
+    noisy = ((images + std * noise).round().clamp(0, 255) for std in (10, 20, 40))
+    levels = [clean, *(measured(x, shipped, held_out) for x in noisy)]
     assert all(rising(levels, kind) for kind in ("FD", "KID", "high-frequency power")), levels
     assert all(falling(levels, kind) for kind in ("precision", "density", "coverage")), levels
 
@@ -807,7 +822,8 @@ def test_with_inception_the_names_and_references_are_the_published_ones():
     sets = {name: describe(network, shapes(30, start)) for name, start in (("held-out", 1000), ("training set", 5000))}
     found = compare(describe(network, shapes(20)), sets, network)
     references = {name: (m["reference"] or "").partition(",")[0] for name, m in found.items()}
-    assert references == {"FID": "training set", "FID to held-out": "held-out", "KID": "held-out", "IS": "", "confidence (inception)": "", **{
+    assert references == {"FID": "training set", "FID to held-out": "held-out", "KID": "held-out", "IS": "",
+                          "confidence (inception)": "", **{
         f"{name} (inception)": "held-out" for name in ("precision", "recall", "density", "coverage", "diversity")},
         "high-frequency power": "held-out", "texture distance": "held-out",
         "texture distance to training set": "training set"}
@@ -923,7 +939,8 @@ def test_memory_that_is_held_together_adds_up_and_memory_in_turn_does_not():
         profile = profile_call(function)
         assert profile.peak_memory_bytes == pytest.approx(peak * MIB, abs=10_000)
         times, held = zip(*profile.timeline)
-        assert times[0] == held[0] == 0 and list(times) == sorted(times) and times[-1] <= 1100 * profile.profiled_seconds + 5
+        assert times[0] == held[0] == 0 and list(times) == sorted(times)
+        assert times[-1] <= 1100 * profile.profiled_seconds + 5
         assert held[-1] == 0 and sum(b - a == 8 * MIB for a, b in zip(held, held[1:])) == 2
 
 
@@ -962,14 +979,17 @@ def test_a_trace_that_cannot_be_written_leaves_nothing_and_says_so(tmp_path, mon
     assert files_below(tmp_path) == []
 
 
-@pytest.mark.parametrize("model", [small_ddpm(), VAE(image_size=16, z_dim=4, width=8, multipliers=(1,))], ids=["ddpm", "one shot"])
+@pytest.mark.parametrize("model", [small_ddpm(), VAE(image_size=16, z_dim=4, width=8, multipliers=(1,))],
+                         ids=["ddpm", "one shot"])
 def test_profiling_a_model_leaves_it_and_the_generators_as_they_were(model, tmp_path):
     model.eval()
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     found = profile_model(model, batch=2, train_batch=4, steps=2, traces=tmp_path, name="it")
-    assert list(found) == ["training step", "sampling"] and files_below(tmp_path) == ["it-sampling.json.gz", "it-training-step.json.gz"]
+    assert list(found) == ["training step", "sampling"]
+    assert files_below(tmp_path) == ["it-sampling.json.gz", "it-training-step.json.gz"]
     assert not model.training and torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_only_the_training_step_goes_backward_and_sampling_takes_as_many_networks_as_steps():
@@ -977,7 +997,8 @@ def test_only_the_training_step_goes_backward_and_sampling_takes_as_many_network
     once = [row for row in profile_call(lambda: model.unet(torch.zeros(2, 3, 16, 16), torch.zeros(2))).operators]
     calls = lambda rows: next(row["calls"] for row in rows if row["operator"] == "aten::convolution")
     found = profile_model(model, batch=2, train_batch=4, steps=3)
-    backward = {what: any("backward" in row["operator"].lower() for row in part.operators) for what, part in found.items()}
+    backward = {what: any("backward" in row["operator"].lower() for row in part.operators)
+                for what, part in found.items()}
     assert backward == {"training step": True, "sampling": False}
     assert calls(found["sampling"].operators) == 3 * calls(once) == 3 * calls(found["training step"].operators) > 0
     assert any("adamw" in row["operator"] for row in found["training step"].operators)
@@ -985,8 +1006,10 @@ def test_only_the_training_step_goes_backward_and_sampling_takes_as_many_network
 
 
 def test_the_memory_figure_has_a_line_in_mebibytes_for_each_call():
-    profiles = {name: Profile("cpu", 1.0, 1.0, [], [(0.0, 0), (2.0, size * MIB), (3.0, 0)]) for name, size in (("one", 3), ("two", 5))}
+    profiles = {name: Profile("cpu", 1.0, 1.0, [], [(0.0, 0), (2.0, size * MIB), (3.0, 0)])
+                for name, size in (("one", 3), ("two", 5))}
     ax = show_memory(profiles)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"]
-    assert [line.get_xydata().tolist() for line in ax.get_lines()] == [[[0, 0], [2, 3], [3, 0]], [[0, 0], [2, 5], [3, 0]]]
+    lines = [line.get_xydata().tolist() for line in ax.get_lines()]
+    assert lines == [[[0, 0], [2, 3], [3, 0]], [[0, 0], [2, 5], [3, 0]]]
     assert "MiB" in ax.get_ylabel() and "milliseconds" in ax.get_xlabel()
