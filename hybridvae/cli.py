@@ -695,7 +695,8 @@ def _profile(entries: list, dataset: str, batch: int | None, sampler: str, steps
 
     if out.exists() and not out.is_dir():
         raise HybridVAEError(f"{out} is a file: give the name of a folder.")
-    rows, calls = [], {"training step": {}, "sampling": {}}  # type: ignore[var-annotated]
+    rows: list[dict] = []
+    calls: dict[str, dict] = {"training step": {}, "sampling": {}}
     for entry in entries:
         with user_errors():
             profiles, row = profile_entry(entry, batch, sampler, steps, out, cpu)
