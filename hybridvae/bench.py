@@ -40,7 +40,7 @@ from .data import Batches, ImageData, load_data
 from .diffusion import GaussianDiffusion
 from .features import load_features
 from .metrics import Profile, describe, frechet_distance, profile_call, profile_model
-from .runs import OPTIONS, Entry
+from .entries import Entry, options_of
 from .training import (TrainConfig, autocast, choose_precision, compile_networks, compiler_works, eager,
                                 supports_bf16)
 from .unet import DDPM
@@ -690,7 +690,7 @@ def timed_evaluations(entries: list[Entry], every: bool = False) -> list[tuple[E
     for entry in (e for e in entries if e.seed == 0 and e.evaluations):
         in_full = any(fnmatch.fnmatchcase(entry.experiment, pattern) for pattern in TIMED_IN_FULL)
         for evaluation in entry.evaluations if in_full else entry.evaluations[:1]:
-            asked = {k: evaluation[k] for k in OPTIONS if k in evaluation and k != "n"}
+            asked = {k: v for k, v in options_of(evaluation).items() if k != "n"}
             if every or asked["steps"] < SLOW_STEPS:
                 found[entry.experiment, config_hash(asked)] = entry, asked
     return list(found.values())

@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from .core import HybridVAEError
+from .entries import Entry
 from .experiments import TABLES, entries_of
-from .runs import Clock, Entry, record_roots, outdated, recorded, run_entry
+from .records import outdated, record_roots, recorded
+from .runs import Clock, run_entry
 from .training import TrainConfig, latest_checkpoint
 
 # %% ../nbs/90_campaign.ipynb #cell-006

@@ -13,7 +13,7 @@ import dataclasses
 
 from .adaptive import WAYS
 from .core import HybridVAEError
-from .runs import Entry
+from .entries import Entry
 
 # %% ../nbs/80_experiments.ipynb #f75e6821
 _COSINE = {"schedule": "cosine", "prediction": "v", "weighting": "min_snr"}
@@ -48,7 +48,7 @@ PRESETS = {
         "train_features": {"kimg": 120, "batch_size": 64, "lr": 2e-3},
         "train_vae": {"kimg": 80, "batch_size": 64, "lr": 2e-3},
         "train": {"kimg": 40, "batch_size": 32, "lr": 2e-3},
-        "n": 2_000, "n_curve": 250, "n_ancestral": 250, "n_study": 250,  # images in an evaluation, see `runs`
+        "n": 2_000, "n_curve": 250, "n_ancestral": 250, "n_study": 250,  # images in an evaluation, see `entries`
         "batch": 250,  # images sampled at a time
         "parameters": 0.84e6,  # of the U-Net, about
     },

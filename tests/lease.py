@@ -28,7 +28,7 @@ KEPT = ("seed*.json", "seed*.png", "seed*.jpg", "seed*/model.safetensors", "seed
 def pool_and_chosen(dataset: str, names: list[str], tiny: bool) -> tuple[list, list]:
     "All entries of the data set, and the named ones in this order."
     from hybridvae.campaign import queue, shrink
-    from hybridvae.runs import find_entry
+    from hybridvae.entries import find_entry
 
     pool = [shrink(entry) if tiny else entry for entry in queue(dataset)]
     return pool, [find_entry(pool, name, int(seed or 0)) for name, _, seed in (n.partition("@") for n in names)]

@@ -12,17 +12,17 @@ from conftest import complains, randomised
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridvae import adaptive, bench, runs
+from hybridvae import adaptive, bench, records
 from hybridvae.bench import (TINY, TINY_BASE, TINY_GROWTH, Convolution, Timing, compare_evaluation, compare_input, compare_peers, computation,
                              convolution_call, convolutions, cost_growth, diffusers_unet, gflop, goals, in_turns, levels, lucidrains_unet, our_variant,
                              profile_entry, rate, rate_table, read_bench, sampling_call, show_growth, show_rates, start_up, time_models,
                              timed_evaluations, training_call, variants, write_bench)
 from hybridvae.campaign import queue
-from hybridvae.core import Draws, build_model, derive_seed, weights_hash, write_json
+from hybridvae.core import Draws, build_model, count_flops, derive_seed, project_root, weights_hash, write_json
 from hybridvae.data import load_data
 from hybridvae.diffusion import GaussianDiffusion
-from hybridvae.core import count_flops
-from hybridvae.runs import Entry, sampling_times, time_of
+from hybridvae.entries import Entry
+from hybridvae.records import results_folder, sampling_times, time_of
 from hybridvae.unet import UNet
 
 CPU, SMALL = torch.device("cpu"), TINY.shape
@@ -175,7 +175,7 @@ def test_input_is_compared_on_the_same_number_of_images():
 
 
 def test_the_start_of_this_very_package_is_timed(monkeypatch):
-    monkeypatch.setattr(bench, "STARTS", {"where": ["-c", f"import hybridvae; assert hybridvae.__file__ == {runs.project_root().as_posix()!r} + '/hybridvae/__init__.py'"]})
+    monkeypatch.setattr(bench, "STARTS", {"where": ["-c", f"import hybridvae; assert hybridvae.__file__ == {project_root().as_posix()!r} + '/hybridvae/__init__.py'"]})
     [row] = start_up(rounds=2)
     assert row["name"] == "where" and 0 < row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1]
 
@@ -302,7 +302,7 @@ def test_nothing_to_time_is_said():
 
 @pytest.fixture
 def two_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "record_roots", lambda: [tmp_path / "committed", tmp_path / "own"])
+    monkeypatch.setattr(records, "record_roots", lambda: [tmp_path / "committed", tmp_path / "own"])
     row = {"experiment": "a", "evaluation": {"sampler": "dpmpp", "steps": 20}, "seconds_per_image": 0.5, "quartiles": [0.4, 0.6], "nfe": 20}
     write_json(tmp_path / "committed" / "shapes" / "times.json", {"rows": [row, row | {"evaluation": row["evaluation"] | {"start": [0.2, 0.6]}, "seconds_per_image": 0.3}]})
     return tmp_path, row
@@ -377,7 +377,7 @@ def test_a_file_that_holds_something_else_is_not_overwritten(text, tmp_path):
 
 
 def test_the_committed_measurements_have_what_the_lesson_shows():
-    found = json.loads((runs.results_folder() / "bench.json").read_text())
+    found = json.loads((results_folder() / "bench.json").read_text())
     assert set(found) == {"peers", "growth"} and {r["factor"] for r in found["growth"]["rows"]} == {"image_size", "width", "batch"}
     assert time_of("shapes", "ddpm", sampler="dpmpp", steps=20) > time_of("shapes", "vae", sampler=None, steps=1) > 0
 

@@ -18,7 +18,8 @@ from hybridvae.core import (RECORD_KEYS, Draws, build_model, config_hash, count_
 from hybridvae.data import load_data
 from hybridvae.core import count_flops
 from hybridvae.experiments import Row
-from hybridvae.runs import Entry, recorded
+from hybridvae.entries import Entry
+from hybridvae.records import recorded
 from hybridvae.training import compile_networks, eager
 from hybridvae.unet import UNet
 
@@ -275,7 +276,6 @@ SAME_WORK = ("joint-none", "joint-1", "joint-100", "diffusevae-form2-z")  # as j
 @pytest.mark.parametrize("data", [*campaign.DATASETS, "celeba64-cpu", "cifar10-full", TRIALS])
 def test_every_experiment_comes_through_a_dry_run_that_is_stopped_once(data, tmp_path, monkeypatch, float32):
     "Of the other seeds, which do the same work, one pair; in float32, since numbers so small are slower in bfloat16 wherever they are computed."
-    monkeypatch.setattr(runs, "_LAST", {}, raising=False)
     entries = [e for e in queue(data) if e.seed == 0 and e.experiment.removesuffix("-cpu") not in SAME_WORK
                or e.seed == 1 and e.experiment in ("vae", "diffusevae-form1")]
     if data.endswith("-cpu"):  # of the later stages one that starts from another: the rest is as without the suffix

@@ -9,7 +9,7 @@ from hybridvae import adaptive, experiments
 from hybridvae.campaign import queue
 from hybridvae.core import config_hash, load_records
 from hybridvae.experiments import ONCE, PRESETS, TABLES, Row, entries_of, entry_of, filled, inherited
-from hybridvae.runs import results_folder
+from hybridvae.records import results_folder
 
 ENTRIES = entries_of()
 ROWS = [row for table in TABLES.values() for row in table]

@@ -17,7 +17,8 @@ from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.features import load_features
 from hybridvae.metrics import describe
-from hybridvae.runs import Entry, evaluate, run_entry
+from hybridvae.entries import Entry
+from hybridvae.runs import evaluate, run_entry
 from hybridvae.training import (COMPILE_FROM, TrainConfig, autocast, choose_compile, choose_precision, supports_bf16, train,
                                 training_flops)
 from hybridvae.unet import DDPM
@@ -102,7 +103,6 @@ def test_a_run_continued_in_another_precision_says_both(bf16, tmp_path, monkeypa
 
 def test_an_entry_in_bf16_is_evaluated_in_bf16_and_measured_in_full_precision(bf16, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 60, "test": 40})
-    monkeypatch.setattr(runs, "_LAST", {})
     dtypes, network = set(), load_features("shapes")
     forward = type(network).forward
     monkeypatch.setattr(type(network), "forward", lambda self, x: dtypes.add(forward(self, x).dtype) or forward(self, x))
@@ -326,13 +326,12 @@ def test_the_command_line_refuses_other_images_under_the_same_name(tmp_path, mon
 def test_an_entry_trained_on_other_images_is_not_taken_for_this_one(tmp_path, monkeypatch):
     sizes = {"train": 60, "test": 40}
     monkeypatch.setattr(data, "SHAPES_SIZES", sizes)
-    monkeypatch.setattr(runs, "_LAST", {})
     entry = Entry("vae", "shapes", {"model": "VAE", **TINY_VAE}, {"kimg": 0.016, "batch_size": 8})
     record = run_entry(entry, [entry], tmp_path, cpu=True, progress=False)
     assert record["data_hash"] == data.load_data("shapes").fingerprint
     (tmp_path / "shapes" / "vae" / "seed0.json").unlink()  # to be measured again, from the weights
     sizes["train"] = 50
-    monkeypatch.setattr(runs, "_LAST", {})
+    runs._forget()
     with complains("other images"):
         run_entry(entry, [entry], tmp_path, cpu=True, progress=False)
 

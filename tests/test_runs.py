@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import complains, files_below, generator
-from hybridvae import data, runs, training
+from hybridvae import data, records, runs, training
 from hybridvae.campaign import load_stages, run_campaign
-from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, randn, record_path,
-                            save_model, weights_hash, write_record)
+from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, load_records, randn,
+                            record_path, save_model, weights_hash, write_record)
 from hybridvae.diffusevae import DiffuseVAE
+from hybridvae.entries import OPTIONS, Entry, find_entry, studied_with
 from hybridvae.experiments import PRESETS
 from hybridvae.features import FaceEncoder, load_features, shipped_features
 from hybridvae.metrics import describe, frechet_distance
-from hybridvae.runs import (Entry, evaluate, evaluation_of, find_entry, mean_and_spread, outdated, recorded,
-                            results_table, run_entry, values_of)
+from hybridvae.records import answers_of, evaluation_of, floor_of, mean_and_spread, outdated, recorded, results_table, values_of
+from hybridvae.runs import evaluate, run_entry
 from hybridvae.vae import VAE
 from PIL import Image
 from safetensors.torch import load_file
@@ -48,7 +49,6 @@ def small():
         return answer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "SHAPES_SIZES", {"train": 60, "test": 40})
-        patch.setattr(runs, "_LAST", {}, raising=False)
         for name in ("first", "second"):
             patch.setitem(runs.STUDIES, name, study(name))
         patch.delenv("HYBRIDVAE_INCEPTION", raising=False)
@@ -194,10 +194,11 @@ def test_what_older_records_were_studied_with_agrees_with_their_answers():
     "They say n only in the answers, which some studies make with several times as many images."
     times, seen = {"adaptive": 4, "noise": 4, "truncation": 4, "priors": 2}, set()
     load_stages()
-    for record in runs.load_records(runs.results_folder()):
-        for name in runs.STUDIES:
-            if name in record and "n" in record[name] and name != "uncertainty":
-                assert record[name]["n"] == times.get(name, 1) * runs.studied_with(record, name)["n"], (record["experiment"], name)
+    for record in load_records(records.results_folder()):
+        for name in set(runs.STUDIES) - {"uncertainty", *record.get("studied", {})}:
+            if name in record and "n" in record[name]:
+                n = times.get(name, 1) * studied_with(record, name)["n"]
+                assert record[name]["n"] == n, (record["experiment"], name)
                 seen.add(name)
     assert {"ceiling", "code_fit", "path_length", "prior_gap", "robustness", *times} <= seen
 
@@ -219,7 +220,7 @@ def test_every_option_of_an_evaluation_is_an_argument_of_some_model():
     known = {name for module in ("diffusion", "diffusevae", "adaptive", "latent")
              for part in vars(importlib.import_module(f"hybridvae.{module}")).values() if inspect.isclass(part)
              for method in vars(part).values() if inspect.isfunction(method) for name in inspect.signature(method).parameters}
-    assert set(runs.OPTIONS) <= known
+    assert set(OPTIONS) <= known
 
 
 def test_entries_have_a_hash():
@@ -674,7 +675,7 @@ def test_values_come_by_seed_of_the_main_evaluation_or_of_the_one_asked_for():
 
 def test_the_answers_of_a_study_come_by_seed():
     records = [a_record(seed=1) | {"noise": {"n": 3}}, a_record(seed=0), a_record("b") | {"noise": {"n": 4}}]
-    assert runs.answers_of(records, "a", "noise") == {1: {"n": 3}}
+    assert answers_of(records, "a", "noise") == {1: {"n": 3}}
 
 
 def test_a_record_without_todays_metrics_is_outdated():
@@ -688,9 +689,9 @@ def test_a_record_without_todays_metrics_is_outdated():
 def test_the_floor_is_that_of_the_same_n(monkeypatch):
     real = {"train to held-out": {"FD (shapes)": 0.5, "texture distance": 0.25}}
     record = {"dataset": "shapes", "experiment": "features", "seed": 0, "floors": {"100": real}, "evaluations": []}
-    monkeypatch.setattr(runs, "all_records", lambda dataset: [record] if dataset == "shapes" else [])
-    assert runs.floor_of("shapes", 100) == real["train to held-out"]
-    assert runs.floor_of("shapes", 200) is None is runs.floor_of("cifar10", 100)
+    monkeypatch.setattr(records, "all_records", lambda dataset: [record] if dataset == "shapes" else [])
+    assert floor_of("shapes", 100) == real["train to held-out"]
+    assert floor_of("shapes", 200) is None is floor_of("cifar10", 100)
     table = results_table([a_record()])
     assert table.loc["floor: real images", "FD (shapes)"] == "0.50" and "texture distance" not in table
     other = a_record("b")
@@ -700,7 +701,7 @@ def test_the_floor_is_that_of_the_same_n(monkeypatch):
 
 
 def test_one_seed_is_shown_with_the_deviation_over_its_images(monkeypatch):
-    monkeypatch.setattr(runs, "all_records", lambda dataset: [])
+    monkeypatch.setattr(records, "all_records", lambda dataset: [])
     one = a_record(value=2.0)
     one["evaluations"][0]["metrics"] = {"FD (shapes)": one["evaluations"][0]["metrics"]["FD (shapes)"] | {"deviation": 0.126}}
     assert results_table([one]).loc["a", "FD (shapes)"] == "2.00 (± 0.13)"
@@ -708,9 +709,9 @@ def test_one_seed_is_shown_with_the_deviation_over_its_images(monkeypatch):
 
 def test_a_table_has_one_row_for_each_experiment_and_refuses_two_kinds_of_eyes(monkeypatch):
     times = [{"experiment": "b", "evaluation": {"sampler": "dpmpp", "steps": 20}, "seconds_per_image": 0.25}]
-    monkeypatch.setattr(runs, "sampling_times", lambda dataset: times if dataset == "shapes" else [])
-    records = [a_record(seed=s, value=v) for s, v in enumerate((1.0, 2.0, 6.0))] + [a_record("b", value=4.0)]
-    table = results_table(records)
+    monkeypatch.setattr(records, "sampling_times", lambda dataset: times if dataset == "shapes" else [])
+    several = [a_record(seed=s, value=v) for s, v in enumerate((1.0, 2.0, 6.0))] + [a_record("b", value=4.0)]
+    table = results_table(several)
     assert list(table.index) == ["a", "b"] and list(table["seeds"]) == [3, 1]
     assert table.loc["a", "FD (shapes)"] == f"3.00 ± {np.std([1, 2, 6], ddof=1):.2f}" and table.loc["b", "FD (shapes)"] == "4.00"
     assert "FD (shapes) to training set" not in table and list(table["ms per image"]) == ["", "250.00"]
