@@ -454,9 +454,9 @@ def start_up(rounds: int = 5) -> list[dict]:
     path = os.pathsep.join([str(project_root()), *filter(None, [os.environ.get("PYTHONPATH")])])
     start = lambda words: lambda: subprocess.run([sys.executable, *words], env={**os.environ, "PYTHONPATH": path},
                                                  check=True, capture_output=True)
-    found = in_turns({name: start(words) for name, words in STARTS.items()}, rounds)
+    timings = in_turns({name: start(words) for name, words in STARTS.items()}, rounds)
     rows = []
-    for name, timing in found.items():
+    for name, timing in timings.items():
         low, middle, high = timing.quartiles()
         rows.append({"name": name, "seconds": middle, "quartiles": [low, high], "rounds": rounds})
     return rows
@@ -474,7 +474,7 @@ def compare_networks(sizes: Sizes = FULL, device: str | torch.device = "cpu", pr
     train: dict[tuple, Callable] = {key(v, p): training_call(v, shape, sizes.batch, p) for v, p in pairs}
     alone = {("convolutions", "", p): convolution_call(met, p, device) for p in precisions(device)}
     sample = {key(v, p): sampling_call(v, shape, sizes.batch, p, sizes.steps) for v, p in pairs}
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PyTorch says so, too
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PyTorch's on compiling
         trained: dict[tuple, Timing] = in_turns(train | alone, sizes.rounds, device, progress)
         for v in networks:
             v.network.eval()

@@ -32,7 +32,7 @@ def _check_evaluation(experiment: str, evaluation: dict) -> None:
                                  f"{', '.join(OPTIONS)}.")
     for option in OPTIONS[:3]:
         if option not in evaluation:
-            raise HybridVAEError(f"an evaluation of {experiment} does not say {option!r}: give it.")
+            raise HybridVAEError(f"an evaluation of {experiment} does not name {option!r}: give it.")
 
 
 def _words(evaluation: dict) -> str:

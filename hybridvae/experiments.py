@@ -191,7 +191,8 @@ USUAL = {"prior": "usual"}  # that of the preset, where it names one
 EX_PDE = {"prior": "ex-pde"}
 ANCESTRAL: dict = {"sampler": "ancestral", "steps": 1000, "n": "n_ancestral"}
 CURVE: tuple[dict, ...] = tuple({"sampler": sampler, "steps": steps, **FEW, "only": "curve"}
-                                for sampler in ("dpmpp", "ddim") for steps in (10, 20, 50, 100))  # up to the preset's `most_steps`
+                                for sampler in ("dpmpp", "ddim")
+                                for steps in (10, 20, 50, 100))  # up to the preset's `most_steps`
 
 VAE_EVALUATIONS = (ONE_SHOT | USUAL, ONE_SHOT, ONE_SHOT | FEW | USUAL, ONE_SHOT | FEW | EX_PDE)
 PLAIN_EVALUATIONS = (MAIN, *CURVE, MAIN | FEW)

@@ -19,6 +19,8 @@ from .core import HybridVAEError, load_record, load_records, project_root, recor
 from .entries import Entry, options_of
 from .metrics import WITHOUT_NETWORK
 
+# %% ../nbs/00i_records.ipynb #7ec4a002
+#| code-fold: true
 if TYPE_CHECKING:
     import pandas
 

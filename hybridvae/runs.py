@@ -247,7 +247,7 @@ class _Steps:
     cpu: bool
     progress: bool
 
-    def say(self, text: str) -> None:
+    def show(self, text: str) -> None:
         "Print a line where bars are shown."
         if self.progress:
             print(text, flush=True)
@@ -256,8 +256,9 @@ class _Steps:
         "Train a model, or continue its training; nothing to do for one that is put together from trained parts."
         data, test = _images(*_key(entry))
         device = default_device(self.cpu)
-        self.say(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {count_parameters(model, trainable=True):,} "
-                 f"parameters, {choose_precision(device, entry.precision)} on {device_name(device)}")
+        parameters = count_parameters(model, trainable=True)
+        self.show(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {parameters:,} parameters, "
+                  f"{choose_precision(device, entry.precision)} on {device_name(device)}")
         if entry.train is None:
             return TrainResult(True, None, 0, 0.0, 0.0, [], 0, [])
         return train(model, data, TrainConfig(**entry.train), entry.folder(self.runs), entry.seed, test,
@@ -401,7 +402,7 @@ class _Measuring(_Training):
         for name in entry.studies:
             if name not in done.studies:
                 self.clock.check()
-                self.say(f"study: {name}")
+                self.show(f"study: {name}")
                 done.add_study(name, STUDIES[name](model, material))
 
     def pictures(self, entry: Entry, model: Model) -> None:

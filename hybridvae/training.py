@@ -36,6 +36,8 @@ from .core import (Draws, HybridVAEError, Model, atomic_path, config_hash, count
                             derive_seed, save_model)
 from .data import Batches, ImageData
 
+# %% ../nbs/00g_training.ipynb #7ec4a001
+#| code-fold: true
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -291,7 +293,7 @@ def take_step(
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,  # Accelerate's, where processes share a batch
     note: Callable[[dict], None] = lambda terms: None,  # gets the terms, and `gradient_norm`, before weights change
 ) -> None:
-    "One training step; gradients are set free afterwards."
+    "One training step; afterwards there are no gradients."
     with autocast(device, precision):
         terms = forward()
     backward(terms["loss"])

@@ -1,4 +1,4 @@
-"""The script for ten minutes of a borrowed GPU, tried on the CPU: lanes, the limit, what is packed, going on at home."""
+"""The script for ten minutes of a borrowed GPU, tried on the CPU: lanes, the limit, what is packed, what follows."""
 import json
 import os
 import subprocess

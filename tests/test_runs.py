@@ -1,4 +1,4 @@
-"""Entries, records and runs: what is measured, how a run stops and continues, which network measures, what tables hold."""
+"""Entries, records, runs: what is measured, how a run stops and continues, which network measures, what tables hold."""
 import contextlib
 import dataclasses
 import importlib
@@ -236,7 +236,7 @@ def test_40_and_40_0_are_one_number(whole):
 def test_an_evaluation_with_an_option_that_no_model_knows_is_refused():
     for evaluation, words in (({"sampler": None, "steps": 1, "n": 5, "temperature": 0.5},
                                "unknown option 'temperature'"),
-                              ({"sampler": None, "n": 5}, "does not say 'steps'")):
+                              ({"sampler": None, "n": 5}, "does not name 'steps'")):
         with complains("an evaluation of vae", words):
             dataclasses.replace(COARSE, evaluations=(evaluation,))
 
