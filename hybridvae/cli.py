@@ -152,7 +152,8 @@ def run(
     compile_: Compile = "auto",
 ):
     "Train and evaluate experiments, after those they depend on. Without --experiment, list them."
-    from hybridvae.runs import Clock, find_entry, run_entry
+    from hybridvae.entries import find_entry
+    from hybridvae.runs import Clock, run_entry
     from hybridvae.selection import entries_of_every_size, summary
 
     entries, clock = entries_of_every_size(dataset), Clock(minutes)
@@ -736,7 +737,8 @@ def report(
     "Run the baseline study on Shapes and write its report."
     from hybridvae.campaign import queue
     from hybridvae.report import render_report, report_source, study_entries
-    from hybridvae.runs import recorded, run_entry
+    from hybridvae.records import recorded
+    from hybridvae.runs import run_entry
     from hybridvae.selection import summary
 
     report_source()  # refuses to work outside a clone, before the minutes of training

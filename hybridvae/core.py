@@ -186,6 +186,8 @@ class Model(Recorded):
     """
 
     config: dict
+    image_shape: tuple[int, ...]  # (C, H, W), of a generator
+    sample: Callable[..., torch.Tensor]  # of a generator
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

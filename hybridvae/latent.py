@@ -23,7 +23,9 @@ from .diffusevae import DiffuseVAE
 from .diffusion import GaussianDiffusion
 from .metrics import ImageStatistics, frechet_distance, measure, paired
 from .priors import two_sample_test
-from .runs import OPTIONS, Material, evaluation_of, study, time_of, values_of
+from .entries import OPTIONS
+from .records import evaluation_of, time_of, values_of
+from .runs import Material, study
 from .unet import UNet, timestep_embedding, zeroed
 from .vae import VAE, reparameterize
 

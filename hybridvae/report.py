@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 from .core import HybridVAEError, atomic_path, project_root
-from .runs import Entry, find_entry
+from .entries import Entry, find_entry
 
 # %% ../nbs/90d_report.ipynb #07951579
 STUDY = ("vae", "ddpm", "diffusevae-form1")  # experiments on shapes, seed 0

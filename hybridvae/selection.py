@@ -14,7 +14,7 @@ from pathlib import Path
 from .campaign import SIZES, queue, state
 from .core import MODELS, HybridVAEError, record_path
 from .experiments import PRESETS
-from .runs import Entry
+from .entries import Entry
 
 # %% ../nbs/90a_selection.ipynb #ccd89e41
 def entries_of_every_size(dataset: str) -> list[Entry]:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'COMPILE_FROM', 'POINTS', 'CHECKPOINT_SECONDS', 'TrainConfig', 'Average', 'supports_bf16',
            'choose_precision', 'autocast', 'eager', 'compiler_works', 'choose_compile', 'compile_networks',
-           'training_flops', 'peak_memory', 'latest_checkpoint', 'save_checkpoint', 'heldout_losses', 'TrainResult',
-           'train', 'training_step']
+           'training_flops', 'peak_memory', 'latest_checkpoint', 'save_checkpoint', 'check_same_run', 'take_step',
+           'adamw', 'heldout_losses', 'TrainResult', 'train', 'training_step']
 
 # %% ../nbs/00g_training.ipynb #cell-002
+#| code-fold: true
 import contextlib
 import dataclasses
 import functools
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -34,8 +36,23 @@ from .core import (Draws, HybridVAEError, Model, atomic_path, config_hash, count
                             derive_seed, save_model)
 from .data import Batches, ImageData
 
+# %% ../nbs/00g_training.ipynb #7ec4a001
+#| code-fold: true
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 # %% ../nbs/00g_training.ipynb #cell-006
 PRECISIONS = ("auto", "bf16", "fp32")
+
+
+def _check_config(config: "TrainConfig") -> None:
+    "Raises `HybridVAEError` for a setting that cannot be."
+    for name in ("kimg", "batch_size", "lr", "clip", "n_slices"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise HybridVAEError(f"{name} is {getattr(config, name)}: give a positive number.")
+    if config.lr_decay not in ("cosine", "constant") or config.precision not in PRECISIONS:
+        raise HybridVAEError(f"lr_decay {config.lr_decay!r} must be cosine or constant, and precision "
+                             f"{config.precision!r} auto, bf16 or fp32.")
 
 # %% ../nbs/00g_training.ipynb #9dcb2327
 @dataclasses.dataclass
@@ -55,22 +72,18 @@ class TrainConfig:
     n_slices: int = 8  # slices of the global batch that draw their own noise
 
     def __post_init__(self):
-        for name in ("kimg", "batch_size", "lr", "clip", "n_slices"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise HybridVAEError(f"{name} is {getattr(self, name)}: give a positive number.")
-        if self.lr_decay not in ("cosine", "constant") or self.precision not in PRECISIONS:
-            raise HybridVAEError(f"lr_decay {self.lr_decay!r} must be cosine or constant, and precision {self.precision!r} "
-                                 "auto, bf16 or fp32.")
+        _check_config(self)
         self.warmup_kimg = min(640, 0.05 * self.kimg) if self.warmup_kimg is None else self.warmup_kimg
         self.ema_kimg = min(500, 0.05 * self.kimg) if self.ema_kimg is None else self.ema_kimg
 
     @property
     def steps(self) -> int:
+        "Steps of the whole training."
         return math.ceil(self.kimg * 1000 / self.batch_size)
 
     def lr_at(self, step: int) -> float:
         "Learning rate of this step."
-        images, total, warmup = step * self.batch_size, self.steps * self.batch_size, self.warmup_kimg * 1000
+        images, total, warmup = step * self.batch_size, self.steps * self.batch_size, (self.warmup_kimg or 0) * 1000
         if images < warmup:
             return self.lr * (images + self.batch_size) / (warmup + self.batch_size)
         if self.lr_decay == "constant":
@@ -79,7 +92,7 @@ class TrainConfig:
 
     def ema_decay_at(self, step: int) -> float:
         "Decay of the average: its half-life grows with the images seen, up to ema_kimg (Karras et al. 2022)."
-        halflife = min(self.ema_kimg * 1000, 0.05 * (step + 1) * self.batch_size)
+        halflife = min((self.ema_kimg or 0) * 1000, 0.05 * (step + 1) * self.batch_size)
         return 0.5 ** (self.batch_size / max(halflife, 1e-8))
 
 # %% ../nbs/00g_training.ipynb #cell-009
@@ -98,14 +111,15 @@ class Average:
     @contextlib.contextmanager
     def applied(self):
         "Within this context the model has the averaged weights."
-        self._swap()
+        self.swap()
         try:
             yield
         finally:
-            self._swap()
+            self.swap()
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        "Exchange weights and averages."
         for name, p in self.source.items():
             p.data, self.values[name] = self.values[name], p.data
 
@@ -120,27 +134,27 @@ def supports_bf16(device: torch.device) -> bool:
 
 
 def _setting(variable: str, allowed: tuple[str, ...]) -> str:
-    "What an environment variable says, its first allowed value where it is not set."
+    "The value of an environment variable, the first allowed one where it is not set."
     value = os.environ.get(variable) or allowed[0]
     if value not in allowed:
         raise HybridVAEError(f"{variable} is {value!r}: set it to {', '.join(allowed[:-1])} or {allowed[-1]}.")
     return value
 
-
+# %% ../nbs/00g_training.ipynb #52a18508
 def choose_precision(device: torch.device, precision: str = "auto") -> str:
-    """"bf16" or "fp32": the one place that decides in which precision networks run. Metrics are always float32 and float64.
+    """"bf16" or "fp32": the one place that decides in which precision networks run. Metrics are float32 and float64.
 
-    What a config says counts first. Where it says "auto", the environment variable `HYBRIDVAE_PRECISION` counts; where that
-    says "auto" or nothing, bf16 is chosen where the hardware is fast at it. Raises `HybridVAEError` for another value.
+    The value of a config counts first. Where it is "auto", the environment variable `HYBRIDVAE_PRECISION` counts; where
+    that is "auto" or not set, bf16 is chosen where the hardware is fast at it. Raises `HybridVAEError` for another
+    value.
     """
     precision = _setting("HYBRIDVAE_PRECISION", PRECISIONS) if precision == "auto" else precision
     return precision if precision != "auto" else "bf16" if supports_bf16(device) else "fp32"
 
 
 def autocast(device: torch.device, precision: str = "auto"):
-    "The context in which networks run, see `choose_precision`: bfloat16 for matrix products and float32 weights; or nothing."
+    "The context in which networks run: bfloat16 for matrix products and float32 weights; or float32 for both."
     return torch.autocast(device.type, torch.bfloat16, enabled=choose_precision(device, precision) == "bf16")
-
 
 # %% ../nbs/00g_training.ipynb #8e61b84b
 COMPILE_FROM = {"cpu": 2e14, "cuda": 1e15}  # floating-point operations ahead that earn the time compiling takes
@@ -153,12 +167,12 @@ def eager():
 
 @functools.cache
 def compiler_works(device_type: str) -> bool:
-    "Whether `torch.compile` works here, tried on a small function; says in a sentence where it does not."
+    "Whether `torch.compile` works here, tried on a small function; a sentence is printed where it does not."
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device_type))
     except Exception as error:  # whatever the compiler's kind of failure is
-        print(f"Networks are not compiled, since no compiler works here ({type(error).__name__}): install g++ to make long "
-              "runs faster, or set HYBRIDVAE_COMPILE=off to do without.", file=sys.stderr)
+        print(f"Networks are not compiled, since no compiler works here ({type(error).__name__}): install g++ to make "
+              "long runs faster, or set HYBRIDVAE_COMPILE=off to do without.", file=sys.stderr)
         return False
     return True
 
@@ -166,11 +180,11 @@ def compiler_works(device_type: str) -> bool:
 def choose_compile(device: torch.device, flops: float) -> bool:
     """Whether networks that have so many floating-point operations ahead are compiled: the one place that decides.
 
-    The environment variable `HYBRIDVAE_COMPILE` says "on" or "off"; where it says "auto" or nothing, they are compiled from
+    The environment variable `HYBRIDVAE_COMPILE` is "on" or "off"; where it is "auto" or not set, they are compiled from
     `COMPILE_FROM` operations on. Never where no compiler works. Raises `HybridVAEError` for another value.
     """
-    asked = _setting("HYBRIDVAE_COMPILE", ("auto", "on", "off"))
-    wanted = asked == "on" or (asked == "auto" and flops >= COMPILE_FROM.get(device.type, math.inf))
+    switch = _setting("HYBRIDVAE_COMPILE", ("auto", "on", "off"))
+    wanted = switch == "on" or (switch == "auto" and flops >= COMPILE_FROM.get(device.type, math.inf))
     return wanted and compiler_works(device.type)
 
 
@@ -182,7 +196,7 @@ def compile_networks(model: Model) -> None:
 
 
 def training_flops(model: Model, data: ImageData, images: float) -> float:
-    "Floating-point operations of training on so many images of `data`: three forward passes each, 2 per multiply-add."
+    "Floating-point operations of training on so many images: three forward passes each, 2 per multiply-add."
     most = 6.0 * images * count_parameters(model) * data.image_size**2  # each parameter at each pixel
     if most < min(COMPILE_FROM.values()):  # far from being compiled: the exact number decides nothing
         return most
@@ -202,36 +216,17 @@ def peak_memory(device: torch.device) -> int:
 # %% ../nbs/00g_training.ipynb #cell-014
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
     "The newest complete checkpoint in a run's folder."
-    found = sorted(Path(run_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    return found[-1] if found else None
+    checkpoints = sorted(Path(run_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    return checkpoints[-1] if checkpoints else None
 
 
 def _training_state(model, average, optimizer) -> dict[str, torch.Tensor]:
+    "Everything that exact continuation needs, by name: on the host, copied."
     state = {f"buffer/{name}": b for name, b in model.named_buffers()}
     for name, p in average.source.items():
         state |= {f"weight/{name}": p.data, f"average/{name}": average.values[name]}
         state |= {f"optimizer/{name}/{key}": v for key, v in optimizer.state[p].items()}
     return {key: v.detach().cpu().contiguous().clone() for key, v in state.items()}
-
-
-@torch.no_grad()
-def _load_training_state(path: Path, model, average, optimizer) -> None:
-    try:
-        state, buffers = load_file(path), dict(model.named_buffers())
-    except (OSError, SafetensorError) as error:
-        raise HybridVAEError(f"{path.parent} is damaged ({error}): remove it and run again.") from error
-    for key, value in state.items():
-        kind, _, name = key.partition("/")
-        if kind == "buffer":
-            buffers[name].copy_(value)
-        elif kind == "optimizer":
-            name, _, entry = name.rpartition("/")
-            p = average.source[name]
-            # moments must have their weight's memory layout: the fused optimiser pairs numbers by position in memory
-            layout = p if value.shape == p.shape else value
-            optimizer.state[p][entry] = torch.empty_like(layout, device=p.device).copy_(value)
-        else:
-            (average.source[name].data if kind == "weight" else average.values[name]).copy_(value)
 
 
 def save_checkpoint(run_dir: Path, model, average, optimizer, progress: dict) -> Path:
@@ -252,12 +247,76 @@ def save_checkpoint(run_dir: Path, model, average, optimizer, progress: dict) ->
             shutil.rmtree(other)
     return target
 
+# %% ../nbs/00g_training.ipynb #06116d13
+@torch.no_grad()
+def _load_training_state(path: Path, model, average, optimizer) -> None:
+    "Restore what `_training_state` made. Raises `HybridVAEError` for a damaged file."
+    try:
+        state, buffers = load_file(path), dict(model.named_buffers())
+    except (OSError, SafetensorError) as error:
+        raise HybridVAEError(f"{path.parent} is damaged ({error}): remove it and run again.") from error
+    for key, value in state.items():
+        kind, _, name = key.partition("/")
+        if kind == "buffer":
+            buffers[name].copy_(value)
+        elif kind == "optimizer":
+            name, _, entry = name.rpartition("/")
+            p = average.source[name]
+            # moments must have their weight's memory layout: the fused optimiser pairs numbers by position in memory
+            layout = p if value.shape == p.shape else value
+            optimizer.state[p][entry] = torch.empty_like(layout, device=p.device).copy_(value)
+        else:
+            (average.source[name].data if kind == "weight" else average.values[name]).copy_(value)
+
+# %% ../nbs/00g_training.ipynb #214d29a5
+def check_same_run(
+    folder: Path,  # of a run
+    stored: dict,  # what a JSON file in it states about its run
+    config: dict,  # of this run, under the keys of the file: what is computed
+    images: dict,  # and on which images; a key that an older file lacks is not compared
+) -> None:
+    "Raises `HybridVAEError` where a folder holds another run than this one, or one on other images."
+    config = json.loads(json.dumps(config))  # pairs as lists, as in the file
+    if {key: stored.get(key) for key in config} != config:
+        raise HybridVAEError(f"{folder} holds a run with another config or seed: choose another folder or remove it.")
+    if any(stored.get(key, value) != value for key, value in images.items()):
+        raise HybridVAEError(f"{folder} holds a run on other images: choose another folder, or prepare the same images "
+                             "again.")
+
+# %% ../nbs/00g_training.ipynb #74cb398e
+def take_step(
+    forward: Callable[[], dict[str, torch.Tensor]],  # returns the terms of a batch; `loss` is minimised
+    optimizer: torch.optim.Optimizer,  # of what is trained
+    clip: float,  # largest norm of the gradient
+    device: torch.device,  # of the network
+    precision: str = "auto",  # see `choose_precision`
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,  # Accelerate's, where processes share a batch
+    note: Callable[[dict], None] = lambda terms: None,  # gets the terms, and `gradient_norm`, before weights change
+) -> None:
+    "One training step; afterwards there are no gradients."
+    with autocast(device, precision):
+        terms = forward()
+    backward(terms["loss"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    note({**{name: term.detach() for name, term in terms.items()}, "gradient_norm": norm})
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    "The optimiser of what is trained in a model."
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=fused)
+
 # %% ../nbs/00g_training.ipynb #cell-016
 @torch.no_grad()
 def heldout_losses(model: Model, data: ImageData, n: int = 512, batch_size: int = 128, seed: int = 0,
                    precision: str = "auto") -> dict[str, float]:
     "Mean of every loss term over the first n held-out images (whole batches of them), always with the same noise."
-    was_training, totals, n = model.training, {}, min(n, len(data))
+    was_training, n = model.training, min(n, len(data))
+    totals: dict[str, list[torch.Tensor]] = {}
     batch_size = min(batch_size, n)
     model.eval()
     batches = Batches(data.first(n), batch_size, seed, device=model.device)
@@ -313,7 +372,7 @@ CHECKPOINT_SECONDS = 240  # at most between two checkpoints: what a run that is 
 def _own_settings():
     """Within it Accelerate's environment variables are hidden: the config decides what is computed.
 
-    A launcher still says where to compute, and how many processes there are.
+    A launcher still decides where to compute, and how many processes there are.
     """
     kept = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
     hidden = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("ACCELERATE_") and k not in kept}
@@ -322,146 +381,16 @@ def _own_settings():
     finally:
         os.environ.update(hidden)
 
-# %% ../nbs/00g_training.ipynb #c4b30177
-def train(
-    model: Model,  # trained in place
-    data: ImageData,  # training images
-    config: TrainConfig,  # what to do
-    run_dir: str | Path,  # checkpoints and logs; a run found here with the same config is continued
-    seed: int = 0,  # of data order and noise (and of dropout)
-    heldout: ImageData | None = None,  # held-out images for the curve
-    minutes: float | None = None,  # stop with a checkpoint after this long
-    checkpoint_kimg: float | None = None,  # at most between checkpoints; a tenth of the run unless given
-    cpu: bool = False,  # do not use a GPU even if there is one
-    progress: bool = True,  # show a bar with the time left
-) -> TrainResult:
-    """Train `model`, or continue its training; a model may end it early (`Model.stop_reason`), which the result says.
-
-    `choose_precision` and `choose_compile` decide how it is computed. Raises `HybridVAEError` where the loss is not finite
-    (naming step, terms and the last good checkpoint), or the folder holds another run, or one on other images.
-    """
-    with _own_settings():
-        accelerator = Accelerator(cpu=cpu, mixed_precision="no")
-    device, world = accelerator.device, accelerator.num_processes
-    model.to(device, memory_format=torch.channels_last)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes are fixed: let it choose the fastest convolutions once
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cuda", "cpu"))
-    average, run = Average(model), _Run(Path(run_dir), config, model, seed, data.fingerprint)
-    if run.checkpoint:
-        _load_training_state(run.checkpoint / "state.safetensors", model, average, optimizer)
-    else:
-        model.prepare(data)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # what is measured beforehand is no part of training
-    if config.n_slices % world:
-        raise HybridVAEError(f"{config.n_slices} slices cannot be shared by {world} processes: use a number that divides it.")
-    slices = tuple(torch.arange(config.n_slices).reshape(world, -1)[accelerator.process_index].tolist())
-    batches = Batches(data, config.batch_size, seed, config.flip, config.n_slices, slices, device)
-    with _own_settings():
-        wrapped, wrapped_optimizer = accelerator.prepare(_Loss(model), optimizer)
-    marks = {round(config.steps * i / POINTS) for i in range(1, POINTS + 1)}  # where a point of the history is made
-    # held-out images at a point: a tenth of those trained on since the last
-    looked_at = min(512, max(config.batch_size, round(100 * config.kimg / POINTS)))
-    every = max(1, round((checkpoint_kimg or config.kimg / 10) * 1000 / config.batch_size))
-    model.train()
-    bar = tqdm(total=config.steps, initial=run.step, desc=type(model).__name__, unit="step",
-               disable=not (progress and accelerator.is_main_process), mininterval=1)
-    started = run.saved = time.monotonic()
-    run.begun = started, time.process_time()
-    with run.logging(accelerator.is_main_process):
-        stopped = model.stop_reason(run.history)
-        if run.step < config.steps and not stopped:
-            compiled = choose_compile(device, training_flops(model, data, 1000 * config.kimg))
-            if compiled:
-                compile_networks(model)
-            run.begin(device, choose_precision(device, config.precision), compiled)
-        while run.step < config.steps and not stopped:
-            step = run.step
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr_at(step)
-            torch.manual_seed(derive_seed("global", seed, step, accelerator.process_index))  # dropout
-            draws = Draws(seed, step, slices, device)
-            with autocast(device, config.precision):
-                losses = wrapped(*batches(step, draws), draws=draws)
-            accelerator.backward(losses["loss"])
-            norm = accelerator.clip_grad_norm_(trained, config.clip)
-            run.note({**{k: v.detach() for k, v in losses.items()}, "gradient_norm": norm}, check=device.type == "cpu")
-            wrapped_optimizer.step()
-            wrapped_optimizer.zero_grad()
-            average.update(config.ema_decay_at(step))
-            run.step += 1
-            bar.update()
-            expired = minutes is not None and time.monotonic() - started > 60 * minutes
-            if minutes is not None and world > 1:  # clocks differ: all processes stop in the same step
-                expired = bool(accelerator.reduce(torch.tensor(float(expired), device=device), "sum"))
-            due = run.step % every == 0 or run.step == config.steps or time.monotonic() - run.saved > CHECKPOINT_SECONDS
-            if run.step in marks or due or expired:
-                run.check()
-            if run.step in marks:
-                with average.applied():
-                    run.point(heldout_losses(model, heldout, looked_at, precision=config.precision) if heldout else {})
-                stopped = model.stop_reason(run.history)
-            if (due or expired or stopped) and accelerator.is_main_process:
-                run.save(model, average, optimizer)
-            if expired:
-                break
-    bar.close()
-    finished = run.step >= config.steps or stopped is not None
-    if finished:
-        average._swap()
-        model.eval()
-    return TrainResult(finished, stopped, run.step, *run.spent, run.history, run.peak_memory, run.parts)
-
 # %% ../nbs/00g_training.ipynb #cell-019
-class _Run:
-    "Progress, log and checks of one run."
+class _Log:
+    "Terms of the loss: checked, kept until the next point of the history, and written for TensorBoard."
 
-    def __init__(self, folder: Path, config: TrainConfig, model: Model, seed: int, data: str):
-        self.folder, self.config, self.data = folder, config, data
-        self.identity = config_hash({"model": model.config, "train": dataclasses.asdict(config), "seed": seed})
-        self.step, self.spent, self.history, self.pending, self.since_point = 0, (0.0, 0.0), [], [], []
-        self.parts, self.peak_memory, self.device = [], 0, torch.device("cpu")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise HybridVAEError(f"{folder} cannot be used for a run ({error.strerror}): choose a folder that can be "
-                                 "written.") from error
-        self.checkpoint = latest_checkpoint(folder)
-        if self.checkpoint:
-            try:
-                progress = json.loads((self.checkpoint / "progress.json").read_text())
-                self.step, self.history, self.since_point, identity = (
-                    progress[k] for k in ("step", "history", "since_point", "identity"))
-                self.spent = progress["seconds"], progress.get("cpu_seconds", 0.0)
-                self.parts, self.peak_memory = progress.get("parts", []), progress.get("peak_memory_bytes", 0)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise HybridVAEError(f"{self.checkpoint} is damaged ({error}): remove it and run again.") from error
-            if identity != self.identity:
-                raise HybridVAEError(f"{folder} holds a run with another config or seed: choose another folder or remove it.")
-            if progress.get("data", data) != data:
-                raise HybridVAEError(f"{folder} holds a run on other images: choose another folder, or prepare the same "
-                                     "images again.")
-        self._before = self.spent
-
-    def begin(self, device: torch.device, precision: str, compiled: bool) -> None:
-        "Note how the steps from here on are computed."
-        self.device = device
-        self.parts.append({"from_step": self.step, "device": device.type, "precision": precision, "compiled": compiled})
-
-    @contextlib.contextmanager
-    def logging(self, main: bool):
-        "Scalars for TensorBoard, from the step of the checkpoint on."
-        self.writer = None
-        if main:
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
-        try:
-            yield
-        finally:
-            if self.writer:
-                self.writer.close()
+    def __init__(self, folder: Path, config: TrainConfig):
+        self.folder, self.config, self.step = folder, config, 0
+        self.history: list[dict] = []
+        self.since_point: list[dict[str, float]] = []
+        self.pending: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self.writer: SummaryWriter | None = None
 
     def note(self, losses: dict[str, torch.Tensor], check: bool) -> None:
         "Keep this step's terms; `check` them now, or later all at once (a GPU need not wait)."
@@ -470,15 +399,11 @@ class _Run:
             self.check()
 
     def check(self) -> None:
-        "Raise at the first step whose terms are not finite."
-        for step, losses in self.pending:
-            losses = {k: v.item() for k, v in losses.items()}
+        "Raises `HybridVAEError` at the first step whose terms are not finite."
+        for step, tensors in self.pending:
+            losses = {k: v.item() for k, v in tensors.items()}
             if not all(map(math.isfinite, losses.values())):
-                terms = ", ".join(f"{k} = {v:.4g}" for k, v in losses.items())
-                good = latest_checkpoint(self.folder)
-                raise HybridVAEError(
-                    f"The loss is not finite at step {step} ({terms}); the last good checkpoint is {good or 'none yet'}: "
-                    "lower the learning rate and train again in a new folder, or look at the data.")
+                raise HybridVAEError(_not_finite(step, losses, latest_checkpoint(self.folder)))
             self.since_point.append(losses)
             if self.writer and step % 10 == 0:
                 for key, value in {**losses, "learning_rate": self.config.lr_at(step)}.items():
@@ -487,40 +412,219 @@ class _Run:
 
     def point(self, heldout: dict[str, float]) -> None:
         "Close one point of the history."
-        mean = {k: sum(l[k] for l in self.since_point) / len(self.since_point) for k in self.since_point[-1]}
+        mean = {k: sum(terms[k] for terms in self.since_point) / len(self.since_point) for k in self.since_point[-1]}
         self.history.append({"kimg": self.step * self.config.batch_size / 1000, **mean,
                              **{f"heldout_{k}": v for k, v in heldout.items()}})
         for key, value in heldout.items():
-            self.writer and self.writer.add_scalar(f"heldout/{key}", value, self.step)
+            if self.writer:
+                self.writer.add_scalar(f"heldout/{key}", value, self.step)
         self.since_point = []
 
-    def save(self, model, average, optimizer) -> None:
+# %% ../nbs/00g_training.ipynb #b4f16c27
+def _not_finite(step: int, losses: dict[str, float], checkpoint: Path | None) -> str:
+    "The sentence on a loss that is not finite."
+    terms = ", ".join(f"{k} = {v:.4g}" for k, v in losses.items())
+    return (f"The loss is not finite at step {step} ({terms}); the last good checkpoint is {checkpoint or 'none yet'}: "
+            "lower the learning rate and train again in a new folder, or look at the data.")
+
+
+def _read_progress(checkpoint: Path) -> dict:
+    "The `progress.json` of a checkpoint. Raises `HybridVAEError` where it is damaged."
+    try:
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        for key in ("step", "history", "since_point", "identity", "seconds"):
+            progress[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HybridVAEError(f"{checkpoint} is damaged ({error}): remove it and run again.") from error
+    return progress
+
+# %% ../nbs/00g_training.ipynb #0ac9e5b9
+class _Run(_Log):
+    "Progress of one run, from its checkpoint on."
+
+    def __init__(self, folder: Path, config: TrainConfig, model: Model, seed: int, data: str):
+        super().__init__(folder, config)
+        identity = config_hash({"model": model.config, "train": dataclasses.asdict(config), "seed": seed})
+        self.config_key, self.images_key = {"identity": identity}, {"data": data}
+        self.begun = self.before = self.spent = (0.0, 0.0)  # seconds: of the clock, and of the processor
+        self.saved, self.peak_memory, self.device = 0.0, 0, torch.device("cpu")
+        self.parts: list[dict] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HybridVAEError(f"{folder} cannot be used for a run ({error.strerror}): choose a folder that can be "
+                                 "written.") from error
+        self.checkpoint = latest_checkpoint(folder)
+        if self.checkpoint:
+            self.restore(_read_progress(self.checkpoint))
+
+    def restore(self, progress: dict) -> None:
+        "Go on from there. Raises `HybridVAEError` where it is of another run."
+        check_same_run(self.folder, progress, self.config_key, self.images_key)
+        self.step, self.history, self.since_point = (progress[k] for k in ("step", "history", "since_point"))
+        self.before = self.spent = progress["seconds"], progress.get("cpu_seconds", 0.0)
+        self.parts, self.peak_memory = progress.get("parts", []), progress.get("peak_memory_bytes", 0)
+
+    def save(self, model: Model, average: Average, optimizer: torch.optim.Optimizer) -> None:
+        "Write a checkpoint."
         now = time.monotonic(), time.process_time()
-        self.spent = tuple(before + end - start for before, end, start in zip(self._before, now, self.begun))
+        self.spent = self.before[0] + now[0] - self.begun[0], self.before[1] + now[1] - self.begun[1]
         self.saved, self.peak_memory = now[0], max(self.peak_memory, peak_memory(self.device))
-        save_checkpoint(self.folder, model, average, optimizer,
-                        {"step": self.step, "seconds": self.spent[0], "cpu_seconds": self.spent[1],
-                         "history": self.history,
-                         "since_point": self.since_point, "identity": self.identity, "data": self.data,
-                         "parts": self.parts, "peak_memory_bytes": self.peak_memory})
+        save_checkpoint(self.folder, model, average, optimizer, {
+            "step": self.step, "seconds": self.spent[0], "cpu_seconds": self.spent[1], "history": self.history,
+            "since_point": self.since_point, **self.config_key, **self.images_key, "parts": self.parts,
+            "peak_memory_bytes": self.peak_memory})
+
+# %% ../nbs/00g_training.ipynb #97df7a0b
+def _begin(run: _Run, model: Model, data: ImageData, device: torch.device) -> None:
+    "Compile the networks where that pays, and note how the steps from here on are computed."
+    config = run.config
+    compiled = choose_compile(device, training_flops(model, data, 1000 * config.kimg))
+    if compiled:
+        compile_networks(model)
+    run.device = device
+    run.parts.append({"from_step": run.step, "device": device.type,
+                      "precision": choose_precision(device, config.precision), "compiled": compiled})
+
+
+@contextlib.contextmanager
+def _logging(run: _Run, main: bool):
+    "Within this context the main process writes scalars for TensorBoard, from the step of the checkpoint on."
+    if main:
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.step + 1)
+    try:
+        yield
+    finally:
+        if run.writer:
+            run.writer.close()
+
+# %% ../nbs/00g_training.ipynb #210c236d
+class _Loop:
+    "A model with what a step of its training needs. Processes share a batch: each has some of its slices."
+
+    def __init__(self, model: Model, config: TrainConfig, seed: int, cpu: bool):
+        with _own_settings():
+            self.accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+        self.model, self.config, self.seed, self.device = model, config, seed, self.accelerator.device
+        model.to(self.device).to(memory_format=torch.channels_last)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # shapes are fixed: let it choose the fastest convolutions once
+        self.optimizer, self.average = adamw(model, config.lr, config.weight_decay), Average(model)
+
+    def share(self, data: ImageData) -> None:
+        "Share images and gradients among the processes; weights and optimiser are what they shall start from."
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # what is measured beforehand is no part of training
+        config, world = self.config, self.accelerator.num_processes
+        if config.n_slices % world:
+            raise HybridVAEError(f"{config.n_slices} slices cannot be shared by {world} processes: use a number that "
+                                 "divides it.")
+        numbers = torch.arange(config.n_slices).reshape(world, -1)[self.accelerator.process_index]
+        self.slices = tuple(numbers.tolist())
+        self.batches = Batches(data, config.batch_size, self.seed, config.flip, config.n_slices, self.slices,
+                               self.device)
+        with _own_settings():
+            self.wrapped = self.accelerator.prepare(_Loss(self.model), self.optimizer)
+
+    def step(self, step: int, note: Callable[[dict], None]) -> None:
+        "One step of the run: learning rate, noise, weights and their average."
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(step)
+        torch.manual_seed(derive_seed("global", self.seed, step, self.accelerator.process_index))  # dropout
+        draws, (losses, optimizer) = Draws(self.seed, step, self.slices, self.device), self.wrapped
+        take_step(lambda: losses(*self.batches(step, draws), draws=draws), optimizer, self.config.clip, self.device,
+                  self.config.precision, self.accelerator.backward, note)
+        self.average.update(self.config.ema_decay_at(step))
+
+# %% ../nbs/00g_training.ipynb #178edd46
+def _expired(loop: _Loop, begun: float, minutes: float | None) -> bool:
+    "Whether the limit has come. Clocks differ, so all processes stop in the same step."
+    expired = minutes is not None and time.monotonic() - begun > 60 * minutes
+    if minutes is not None and loop.accelerator.num_processes > 1:
+        expired = bool(loop.accelerator.reduce(torch.tensor(float(expired), device=loop.device), "sum"))
+    return expired
+
+
+def _steps(loop: _Loop, run: _Run, heldout: ImageData | None, minutes: float | None, every: int,
+           bar: tqdm) -> str | None:
+    "Take the steps that are left, with a checkpoint after every so many; why the model ended the run early, if it did."
+    config, model, main = loop.config, loop.model, loop.accelerator.is_main_process
+    marks = {round(config.steps * i / POINTS) for i in range(1, POINTS + 1)}  # where a point of the history is made
+    # held-out images at a point: a tenth of those trained on since the last
+    n = min(512, max(config.batch_size, round(100 * config.kimg / POINTS)))
+    stopped = model.stop_reason(run.history)
+    while run.step < config.steps and not stopped:
+        loop.step(run.step, lambda terms: run.note(terms, check=loop.device.type == "cpu"))
+        run.step += 1
+        bar.update()
+        expired = _expired(loop, run.begun[0], minutes)
+        due = run.step % every == 0 or run.step == config.steps or time.monotonic() - run.saved > CHECKPOINT_SECONDS
+        if run.step in marks or due or expired:
+            run.check()
+        if run.step in marks:
+            with loop.average.applied():
+                run.point(heldout_losses(model, heldout, n, precision=config.precision) if heldout else {})
+            stopped = model.stop_reason(run.history)
+        if (due or expired or stopped) and main:
+            run.save(model, loop.average, loop.optimizer)
+        if expired:
+            break
+    return stopped
+
+# %% ../nbs/00g_training.ipynb #c4b30177
+def train(
+    model: Model,  # trained in place
+    data: ImageData,  # training images
+    config: TrainConfig,  # what to do
+    run_dir: str | Path,  # checkpoints and logs; a run of the same config that is there is continued
+    seed: int = 0,  # of data order and noise (and of dropout)
+    heldout: ImageData | None = None,  # held-out images for the curve
+    minutes: float | None = None,  # stop with a checkpoint after this long
+    checkpoint_kimg: float | None = None,  # at most between checkpoints; a tenth of the run unless given
+    cpu: bool = False,  # do not use a GPU even if there is one
+    progress: bool = True,  # show a bar with the time left
+) -> TrainResult:
+    """Train `model`, or continue its training; a model may end it early, which the result states (`stop_reason`).
+
+    `choose_precision` and `choose_compile` decide how it is computed. Raises `HybridVAEError` where the loss is not
+    finite (naming step, terms and the last good checkpoint), or the folder holds another run, or one on other images.
+    """
+    loop, run = _Loop(model, config, seed, cpu), _Run(Path(run_dir), config, model, seed, data.fingerprint)
+    if run.checkpoint:
+        _load_training_state(run.checkpoint / "state.safetensors", model, loop.average, loop.optimizer)
+    else:
+        model.prepare(data)
+    loop.share(data)
+    every = max(1, round((checkpoint_kimg or config.kimg / 10) * 1000 / config.batch_size))
+    main = loop.accelerator.is_main_process
+    model.train()
+    run.begun, run.saved = (time.monotonic(), time.process_time()), time.monotonic()
+    with _logging(run, main), tqdm(total=config.steps, initial=run.step, desc=type(model).__name__, unit="step",
+                                   disable=not (progress and main), mininterval=1) as bar:
+        if run.step < config.steps and not model.stop_reason(run.history):
+            _begin(run, model, data, loop.device)
+        stopped = _steps(loop, run, heldout, minutes, every, bar)
+    finished = run.step >= config.steps or stopped is not None
+    if finished:
+        loop.average.swap()
+        model.eval()
+    return TrainResult(finished, stopped, run.step, *run.spent, run.history, run.peak_memory, run.parts)
 
 # %% ../nbs/00g_training.ipynb #cell-029
 def training_step(
     model: Model,  # on its device; in training mode and channels_last afterwards, as in `train`
     x: torch.Tensor,  # (B, C, H, W) in [-1, 1], on the same device
-    config: TrainConfig,  # its precision and weight decay count
+    config: TrainConfig,  # its precision, weight decay and clipping count
 ) -> Callable[[], None]:
-    "A function that does one training step on `x`: forward and backward pass, AdamW at a rate of 1e-6, gradients set free; noise of seed 0."
+    "A function that takes one training step on `x`, at a learning rate of 1e-6 and with noise of seed 0."
     model.train().to(memory_format=torch.channels_last)
     x, steps = x.contiguous(memory_format=torch.channels_last), itertools.count()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=config.weight_decay, fused=x.device.type in ("cuda", "cpu"))
+    optimizer = adamw(model, 1e-6, config.weight_decay)
 
     def step() -> None:
-        with autocast(x.device, config.precision):
-            loss = model.training_loss(x, draws=Draws(0, next(steps), device=x.device))["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        draws = Draws(0, next(steps), device=x.device)
+        take_step(lambda: model.training_loss(x, draws=draws), optimizer, config.clip, x.device, config.precision)
 
     return step

@@ -2,6 +2,7 @@
 import errno
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ def double_precision(monkeypatch):
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept():
+    "Images and reference statistics that runs keep in memory are those of one test."
+    yield
+    if "hybridvae.runs" in sys.modules:
+        sys.modules["hybridvae.runs"]._forget()
 
 
 @pytest.fixture

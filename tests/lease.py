@@ -1,14 +1,14 @@
-"""Ten minutes of a borrowed GPU: probe its speed, train entries in lanes side by side, measure them, pack what comes home.
+"""Ten minutes of a borrowed GPU: probe its speed, train entries in lanes, measure them, pack what comes home.
 
     python tests/lease.py probe cifar10 diffusevae-form1-z ddpm
     python tests/lease.py run cifar10 --minutes 9 --out OUT "features vae diffusevae-form1-z" "ddpm"
     python tests/lease.py run cifar10 --tiny --out OUT "features vae" "ddpm"
 
-`probe` says how fast an entry trains and samples, and fills the compiler's cache. `run` takes lanes: each is a process that
-trains its entries in order and then measures them; two lanes keep the GPU busy while one of them compiles. Whatever is
-finished twenty seconds after the limit is packed into parts of 15 MB; put together and unpacked into a folder, `hybridvae campaign --runs FOLDER`
-goes on from there. `--tiny` tries all of it on the CPU, on stand-in images. NAME@1 is an entry of seed 1. Nothing is needed
-but PyTorch and what the package imports.
+`probe` measures how fast an entry trains and samples, and fills the compiler's cache. `run` takes lanes: each is a
+process that trains its entries in order and then measures them; two lanes keep the GPU busy while one of them compiles.
+Whatever is finished twenty seconds after the limit is packed into parts of 15 MB; put together and unpacked into a
+folder, `hybridvae campaign --runs FOLDER` goes on from there. `--tiny` tries all of it on the CPU, on stand-in images.
+NAME@1 is an entry of seed 1. Nothing is needed but PyTorch and what the package imports.
 """
 import argparse
 import contextlib
@@ -28,46 +28,52 @@ KEPT = ("seed*.json", "seed*.png", "seed*.jpg", "seed*/model.safetensors", "seed
 def pool_and_chosen(dataset: str, names: list[str], tiny: bool) -> tuple[list, list]:
     "All entries of the data set, and the named ones in this order."
     from hybridvae.campaign import queue, shrink
-    from hybridvae.runs import find_entry
+    from hybridvae.entries import find_entry
 
     pool = [shrink(entry) if tiny else entry for entry in queue(dataset)]
     return pool, [find_entry(pool, name, int(seed or 0)) for name, _, seed in (n.partition("@") for n in names)]
 
 
 def probe(dataset: str, names: list[str], tiny: bool) -> None:
-    "Images per second of an entry's training and sampling, compiled, and how long it takes until they run."
+    "Images per second of entries' training and sampling, compiled, and how long it takes until they run."
+    for entry in pool_and_chosen(dataset, names, tiny)[1]:
+        probe_entry(entry, tiny)
+
+
+def probe_entry(entry, tiny: bool) -> None:
+    "Print a line on training, and one on sampling."
     import torch
     from hybridvae.core import Draws, build_model, count_flops, default_device, image_draws
     from hybridvae.training import TrainConfig, autocast, compile_networks, training_step
 
     device, n = default_device(), 2 if tiny else 40
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for entry in pool_and_chosen(dataset, names, tiny)[1]:
-        model, config = build_model(entry.model).to(device).eval(), TrainConfig(**entry.train)
-        x = torch.rand(config.batch_size, *model.image_shape, device=device) * 2 - 1
-        flops = 3 * count_flops(lambda: model.training_loss(x[:1], draws=Draws(0, 0, device=device)))
-        torch.backends.cudnn.benchmark = True
-        if not tiny:
-            compile_networks(model)
-        begun, step = time.monotonic(), training_step(model, x, config)
-        for _ in range(3):
-            step()
-        wait()
+    model, config = build_model(entry.model).to(device).eval(), TrainConfig(**entry.train)
+    x = torch.rand(config.batch_size, *model.image_shape, device=device) * 2 - 1
+    flops = 3 * count_flops(lambda: model.training_loss(x[:1], draws=Draws(0, 0, device=device)))
+    torch.backends.cudnn.benchmark = True
+    if not tiny:
+        compile_networks(model)
+    begun, step = time.monotonic(), training_step(model, x, config)
+    for _ in range(3):
+        step()
+    wait()
+    ready = time.monotonic()
+    for _ in range(n):
+        step()
+    wait()
+    rate = n * config.batch_size / (time.monotonic() - ready)
+    print(f"{entry.experiment}: trains {rate:,.0f} images/s, {rate * flops / PEAK:.1%} of the peak, ready after "
+          f"{ready - begun:.0f} s", flush=True)
+    begun, draws = time.monotonic(), image_draws(0, 0, entry.batch)
+    for _ in range(2):
         ready = time.monotonic()
-        for _ in range(n):
-            step()
+        with autocast(device):
+            model.eval().sample(entry.batch, sampler="dpmpp", steps=10, generator=draws)
         wait()
-        rate = n * config.batch_size / (time.monotonic() - ready)
-        print(f"{entry.experiment}: trains {rate:,.0f} images/s, {rate * flops / PEAK:.1%} of the peak, ready after "
-              f"{ready - begun:.0f} s", flush=True)
-        begun, draws = time.monotonic(), image_draws(0, 0, entry.batch)
-        for _ in range(2):
-            ready = time.monotonic()
-            with autocast(device):
-                model.eval().sample(entry.batch, sampler="dpmpp", steps=10, generator=draws)
-            wait()
-        print(f"{entry.experiment}: samples {entry.batch / (time.monotonic() - ready):,.0f} images/s with 10 steps, ready after "
-              f"{ready - begun:.0f} s", flush=True)
+    rate = entry.batch / (time.monotonic() - ready)
+    print(f"{entry.experiment}: samples {rate:,.0f} images/s with 10 steps, ready after {ready - begun:.0f} s",
+          flush=True)
 
 
 def lane(dataset: str, names: list[str], tiny: bool, runs: Path, minutes: float) -> None:
@@ -107,18 +113,22 @@ def pack(runs: Path, out: Path) -> list[Path]:
 
 def run(dataset: str, lanes: list[str], tiny: bool, runs: Path, minutes: float, out: Path) -> None:
     "All lanes at once; then the package."
-    command = [sys.executable, "-u", "-W", "ignore", __file__, "lane", dataset, "--runs", str(runs), "--minutes", str(minutes),
+    command = [sys.executable, "-u", "-W", "ignore", __file__, "lane", dataset, "--runs", str(runs), "--minutes",
+               str(minutes),
                *(["--tiny"] if tiny else [])]
     started = [subprocess.Popen([*command, *names.split()]) for names in lanes]
     clock = time.monotonic() + 60 * minutes + GRACE
     for process in started:
         try:
             process.wait(max(0.0, clock - time.monotonic()))
-        except subprocess.TimeoutExpired:  # it does not look at the clock just now, and what is finished has to come home
+        except (
+            subprocess.TimeoutExpired
+        ):  # it does not look at the clock just now, and what is finished has to come home
             process.kill()
     codes = [process.wait() for process in started]
     parts = pack(runs, out)
-    print(f"{len(parts)} parts, {sum(p.stat().st_size for p in parts) / 1e6:.1f} MB, in {out}; the lanes ended with {codes}")
+    size = sum(p.stat().st_size for p in parts) / 1e6
+    print(f"{len(parts)} parts, {size:.1f} MB, in {out}; the lanes ended with {codes}")
 
 
 def main() -> None:

@@ -12,17 +12,20 @@ from conftest import complains, randomised
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridvae import adaptive, bench, runs
-from hybridvae.bench import (TINY, TINY_BASE, TINY_GROWTH, Convolution, Timing, compare_evaluation, compare_input, compare_peers, computation,
-                             convolution_call, convolutions, cost_growth, diffusers_unet, gflop, goals, in_turns, levels, lucidrains_unet, our_variant,
-                             profile_entry, rate, rate_table, read_bench, sampling_call, show_growth, show_rates, start_up, time_models,
+from hybridvae import adaptive, bench, records
+from hybridvae.bench import (TINY, TINY_BASE, TINY_GROWTH, Convolution, Timing, compare_evaluation, compare_input,
+                             compare_peers, computation,
+                             convolution_call, convolutions, cost_growth, diffusers_unet, gflop, goals, in_turns,
+                             levels, lucidrains_unet, our_variant,
+                             profile_entry, rate, rate_table, read_bench, sampling_call, show_growth, show_rates,
+                             start_up, time_models,
                              timed_evaluations, training_call, variants, write_bench)
 from hybridvae.campaign import queue
-from hybridvae.core import Draws, build_model, derive_seed, weights_hash, write_json
+from hybridvae.core import Draws, build_model, count_flops, derive_seed, project_root, weights_hash, write_json
 from hybridvae.data import load_data
 from hybridvae.diffusion import GaussianDiffusion
-from hybridvae.core import count_flops
-from hybridvae.runs import Entry, sampling_times, time_of
+from hybridvae.entries import Entry
+from hybridvae.records import results_folder, sampling_times, time_of
 from hybridvae.unet import UNet
 
 CPU, SMALL = torch.device("cpu"), TINY.shape
@@ -34,7 +37,8 @@ HYBRID_MODEL = {"model": "DiffuseVAE", "vae": {k: v for k, v in VAE.items() if k
 
 
 def entry(name="ddpm", seed=0, **changes):
-    return Entry(name, "shapes", **{"model": {"model": "DDPM", "unet": UNET}, "train": TRAIN, "seed": seed, "evaluations": (FEW, TEN), **changes})
+    return Entry(name, "shapes", **{"model": {"model": "DDPM", "unet": UNET}, "train": TRAIN, "seed": seed,
+                                    "evaluations": (FEW, TEN), **changes})
 
 
 HYBRID = entry("hybrid-full", model=HYBRID_MODEL)
@@ -80,7 +84,8 @@ def test_the_full_shape_costs_about_as_much_in_diffusers_and_has_its_attention()
     assert attentions == [2]  # both blocks of the second level
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("denoising_diffusion_pytorch"), reason="needs denoising-diffusion-pytorch")
+@pytest.mark.skipif(not importlib.util.find_spec("denoising_diffusion_pytorch"),
+                    reason="needs denoising-diffusion-pytorch")
 def test_lucidrains_unet_is_as_near_as_it_allows():
     x = torch.zeros(2, 3, 16, 16)
     assert lucidrains_unet(SMALL)(x, torch.tensor([1, 7])).shape == x.shape
@@ -93,7 +98,11 @@ def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(bench, "compiler_works", lambda kind: False)
     found, missing = variants(SMALL, CPU)
     assert [(v.name, v.mode) for v in found] == [("hybridvae", "eager")]
-    assert "compiler" in missing[0] and "pip install diffusers" in missing[1] and "pip install denoising-diffusion-pytorch" in missing[2]
+    assert (
+        "compiler" in missing[0]
+        and "pip install diffusers" in missing[1]
+        and "pip install denoising-diffusion-pytorch" in missing[2]
+    )
 
 
 def test_ours_is_compiled_where_that_is_asked_for(monkeypatch):
@@ -135,12 +144,14 @@ def test_a_sampling_call_takes_the_steps_asked_for():
 # --- convolutions -----------------------------------------------------------------------------------------------------
 
 def test_every_convolution_is_met_with_its_shape_and_layout():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 3, stride=2, padding=1))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1),
+                            nn.Conv2d(4, 8, 3, stride=2, padding=1))
     network.to(memory_format=torch.channels_last)
     forward = network.forward
     network.forward = lambda x, t: forward(x)
     found = convolutions(network, torch.zeros(2, 3, 8, 8).contiguous(memory_format=torch.channels_last), None)
-    assert found == Counter({Convolution((2, 3, 8, 8), 4, 3, 1, 1, True, False): 1, Convolution((2, 4, 8, 8), 4, 1, 1, 0, True, True): 2,
+    assert found == Counter({Convolution((2, 3, 8, 8), 4, 3, 1, 1, True, False): 1,
+                             Convolution((2, 4, 8, 8), 4, 1, 1, 0, True, True): 2,
                              Convolution((2, 4, 8, 8), 8, 3, 2, 1, True, True): 1})
     assert not network[0]._forward_pre_hooks
 
@@ -175,7 +186,17 @@ def test_input_is_compared_on_the_same_number_of_images():
 
 
 def test_the_start_of_this_very_package_is_timed(monkeypatch):
-    monkeypatch.setattr(bench, "STARTS", {"where": ["-c", f"import hybridvae; assert hybridvae.__file__ == {runs.project_root().as_posix()!r} + '/hybridvae/__init__.py'"]})
+    monkeypatch.setattr(
+        bench,
+        "STARTS",
+        {
+            "where": [
+                "-c",
+                "import hybridvae; "
+                f"assert hybridvae.__file__ == {project_root().as_posix()!r} + '/hybridvae/__init__.py'",
+            ]
+        },
+    )
     [row] = start_up(rounds=2)
     assert row["name"] == "where" and 0 < row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1]
 
@@ -191,7 +212,8 @@ def peers():
 
 def test_the_comparison_has_every_part_and_can_be_written(peers):
     json.dumps(peers, allow_nan=False)
-    assert {"commit", "device", "versions", "batch", "shape", "training", "sampling", "convolutions", "evaluation", "input", "start_up", "goals"} <= set(peers)
+    assert {"commit", "device", "versions", "batch", "shape", "training", "sampling", "convolutions", "evaluation",
+            "input", "start_up", "goals"} <= set(peers)
     assert "torch-fidelity" in peers["peers"] and {"hybridvae", "diffusers"} <= {r["name"] for r in peers["training"]}
     for part in ("training", "sampling"):
         for row in peers[part]:
@@ -212,23 +234,39 @@ def test_tables_and_bars_show_every_row(peers):
 
 
 def test_goals_are_met_missed_or_not_measured():
-    row = {"name": "hybridvae", "mode": "compiled", "precision": "fp32", "against_diffusers": 1.3, "against_diffusers_fp32": 1.3}
+    row = {"name": "hybridvae", "mode": "compiled", "precision": "fp32", "against_diffusers": 1.3,
+           "against_diffusers_fp32": 1.3}
     found = {"training": [row, row | {"name": "diffusers", "against_diffusers": 9}], "sampling": [row], "convolutions":
-             [{"mode": "eager", "precision": "fp32", "share": 0.9}, {"mode": "compiled", "precision": "fp32", "share": 0.45}]}
+             [{"mode": "eager", "precision": "fp32", "share": 0.9},
+              {"mode": "compiled", "precision": "fp32", "share": 0.45}]}
     met = {g["goal"]: (g["reached"], g["met"]) for g in goals(found)}
-    assert met["training, fp32: times diffusers"] == (1.3, True) and met["sampling, fp32: times diffusers"] == (1.3, False)
-    assert met["training, fp32: share of convolutions"] == (0.45, True) and met["training, bf16: times diffusers"] == (None, None)
+    assert met["training, fp32: times diffusers"] == (1.3, True) and met["sampling, fp32: times diffusers"] == (
+        1.3,
+        False,
+    )
+    assert met["training, fp32: share of convolutions"] == (0.45, True) and met["training, bf16: times diffusers"] == (
+        None,
+        None,
+    )
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
 
 def test_growth_varies_one_factor_at_a_time_and_counts_per_image(monkeypatch):
-    monkeypatch.setattr(bench, "in_turns", lambda calls, *rest: {k: [call() for call in [calls[k]]] and Timing(0, [6.0]) for k in calls})
+    monkeypatch.setattr(bench, "in_turns", lambda calls, *rest: {k: [call() for call in [calls[k]]]
+                                                                 and Timing(0, [6.0]) for k in calls})
     found = cost_growth(TINY_GROWTH, TINY_BASE, SMALL, rounds=1, cpu=True)
     assert [(r["factor"], r["image_size"], r["width"], r["batch"]) for r in found["rows"]] == [
-        ("image_size", 8, 32, 1), ("image_size", 16, 32, 1), ("width", 16, 16, 1), ("width", 16, 32, 1), ("batch", 16, 32, 1), ("batch", 16, 32, 2)]
+        ("image_size", 8, 32, 1),
+        ("image_size", 16, 32, 1),
+        ("width", 16, 16, 1),
+        ("width", 16, 32, 1),
+        ("batch", 16, 32, 1),
+        ("batch", 16, 32, 2),
+    ]
     assert [r["training_seconds_per_image"] for r in found["rows"]] == [6.0] * 5 + [3.0]
-    assert found["rows"][1]["gflop_per_call"] == gflop(our_variant(SMALL, CPU).network, 16) > 3 * found["rows"][0]["gflop_per_call"]
+    assert found["rows"][1]["gflop_per_call"] == gflop(our_variant(SMALL, CPU).network,
+                                                       16) > 3 * found["rows"][0]["gflop_per_call"]
     assert found["rows"][5]["training_memory_bytes"] > 1.3 * found["rows"][4]["training_memory_bytes"] > 0
     json.dumps(found, allow_nan=False)
     axes = show_growth(found["rows"])
@@ -240,8 +278,10 @@ def test_growth_varies_one_factor_at_a_time_and_counts_per_image(monkeypatch):
 def test_models_that_differ_in_training_alone_are_the_same_computation():
     of = {e.experiment: computation(e.model) for e in queue("shapes") if e.evaluations}
     assert of["diffusevae-form1"] == of["joint-10"] == of["joint-b8-two-stage"] == of["joint-uncertainty"]
-    assert len({of[name] for name in ("ddpm", "vae", "diffusevae-form1", "diffusevae-form1-z", "diffusevae-form2", "diffusevae-form2-noconcat", "flow-form1",
-                                      "adaptive-normal", "adaptive-film", "latent", "latent-mlp", "latent-hybrid")}) == 12
+    assert len({of[name] for name in ("ddpm", "vae", "diffusevae-form1", "diffusevae-form1-z", "diffusevae-form2",
+                                      "diffusevae-form2-noconcat", "flow-form1",
+                                      "adaptive-normal", "adaptive-film", "latent", "latent-mlp",
+                                      "latent-hybrid")}) == 12
     assert of["latent"] == of["latent-long"]
 
 
@@ -255,9 +295,12 @@ def test_the_same_computation_means_the_same_samples(tmp_path):
 
 def test_what_is_timed_of_whom():
     prior, long = FEW | {"prior": "ex-pde"}, {"sampler": "ancestral", "steps": 1000, "n": 4}
-    entries = [entry(evaluations=(FEW, FEW | {"n": 99}, TEN, prior, long)), entry(seed=1), entry("joint-10"), entry("latent-hybrid"), entry("features", evaluations=())]
-    steps = lambda *options, **more: [(e.experiment, asked["sampler"], asked["steps"]) for e, asked in timed_evaluations(*options, **more)]
-    assert steps(entries) == [("ddpm", "dpmpp", 3), ("ddpm", "ddim", 10), ("ddpm", "dpmpp", 3), ("joint-10", "dpmpp", 3),
+    entries = [entry(evaluations=(FEW, FEW | {"n": 99}, TEN, prior, long)), entry(seed=1), entry("joint-10"),
+               entry("latent-hybrid"), entry("features", evaluations=())]
+    steps = lambda *options, **more: [(e.experiment, asked["sampler"], asked["steps"])
+                                      for e, asked in timed_evaluations(*options, **more)]
+    assert steps(entries) == [("ddpm", "dpmpp", 3), ("ddpm", "ddim", 10), ("ddpm", "dpmpp", 3),
+                              ("joint-10", "dpmpp", 3),
                               ("latent-hybrid", "dpmpp", 3), ("latent-hybrid", "ddim", 10)]
     assert ("ddpm", "ancestral", 1000) in steps(entries, every=True)
     assert [asked.get("prior") for _, asked in timed_evaluations(entries)] == [None, None, "ex-pde", None, None, None]
@@ -265,9 +308,12 @@ def test_what_is_timed_of_whom():
 
 
 def test_another_prior_is_other_work_only_in_place_of_a_diffusion_of_codes():
-    hybrid, latent = (entry(name, model={"model": kind, "vae": VAE}) for name, kind in (("h", "DiffuseVAE"), ("l", "LatentDiffusion")))
+    hybrid, latent = (entry(name, model={"model": kind, "vae": VAE})
+                      for name, kind in (("h", "DiffuseVAE"), ("l", "LatentDiffusion")))
     plain, fitted = {"sampler": "dpmpp", "steps": 3}, {"sampler": "dpmpp", "steps": 3, "prior": "ex-pde"}
-    assert bench._group(hybrid, plain) == bench._group(hybrid, fitted) and bench._group(latent, plain) != bench._group(latent, fitted)
+    assert bench._group(hybrid, plain) == bench._group(hybrid, fitted) and bench._group(latent, plain) != bench._group(
+        latent, fitted
+    )
     assert bench._group(latent, fitted) == bench._group(latent, fitted | {"prior": "own"})
 
 
@@ -275,21 +321,30 @@ def test_times_are_per_image_and_shared_by_the_same_computation(monkeypatch):
     inner, timed = bench.in_turns, []
     monkeypatch.setattr(bench, "in_turns", lambda calls, *rest: timed.append(len(calls)) or inner(calls, *rest))
     twin = entry("twin", model={"model": "DDPM", "unet": UNET | {"dropout": 0.3}})
-    found = time_models([entry(), twin, entry("wide", model={"model": "DDPM", "unet": UNET | {"width": 16}}), entry("vae", model=VAE, evaluations=(
+    found = time_models([entry(), twin, entry("wide", model={"model": "DDPM", "unet": UNET | {"width": 16}}),
+                         entry("vae", model=VAE, evaluations=(
         {"sampler": None, "steps": 1, "n": 5},))], batch=4, rounds=2, cpu=True)
     json.dumps(found, allow_nan=False)
     rows = {(r["experiment"], r["evaluation"]["steps"]): r for r in found["rows"]}
     assert timed == [4] and set(rows) == {("ddpm", 3), ("ddpm", 10), ("twin", 3), ("wide", 3), ("vae", 1)}
-    assert rows["twin", 3]["timed_as"] == "ddpm" and rows["twin", 3]["seconds_per_image"] == rows["ddpm", 3]["seconds_per_image"]
+    assert (
+        rows["twin", 3]["timed_as"] == "ddpm"
+        and rows["twin", 3]["seconds_per_image"] == rows["ddpm", 3]["seconds_per_image"]
+    )
     assert [rows[key]["nfe"] for key in (("ddpm", 3), ("ddpm", 10), ("vae", 1))] == [3, 10, 0]
-    assert (found["batch"], found["rounds"], found["compiled"], found["dataset"]) == (4, 2, False, "shapes") and found["device"] and found["commit"]
+    assert (found["batch"], found["rounds"], found["compiled"],
+            found["dataset"]) == (4, 2, False, "shapes") and found["device"] and found["commit"]
     monkeypatch.setattr(bench, "in_turns", lambda calls, *rest: dict.fromkeys(calls, Timing(9.0, [2.0, 4.0, 6.0])))
     assert {r["seconds_per_image"] for r in time_models([entry()], batch=4, cpu=True)["rows"]} == {1.0}
 
 
 def test_an_adaptive_model_is_timed_with_its_options_and_says_its_own_evaluations(monkeypatch):
-    asked = {"sampler": "dpmpp", "steps": 4, "n": 8, "start": [0.5, 0.5]}, {"sampler": "dpmpp", "steps": 4, "n": 8, "strength": [0.0, 1.0], "uncertainty": "cycle"}
-    found = time_models([entry("adaptive-it", model=HYBRID_MODEL | {"model": adaptive.AdaptiveDiffuseVAE.__name__}, evaluations=asked)], batch=4, rounds=1, cpu=True)
+    asked = (
+        {"sampler": "dpmpp", "steps": 4, "n": 8, "start": [0.5, 0.5]},
+        {"sampler": "dpmpp", "steps": 4, "n": 8, "strength": [0.0, 1.0], "uncertainty": "cycle"},
+    )
+    found = time_models([entry("adaptive-it", model=HYBRID_MODEL | {"model": adaptive.AdaptiveDiffuseVAE.__name__},
+                               evaluations=asked)], batch=4, rounds=1, cpu=True)
     assert [r["nfe"] for r in found["rows"]] == [2.0, 4.0] and found["rows"][0]["evaluation"]["start"] == [0.5, 0.5]
 
 
@@ -302,17 +357,22 @@ def test_nothing_to_time_is_said():
 
 @pytest.fixture
 def two_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "record_roots", lambda: [tmp_path / "committed", tmp_path / "own"])
-    row = {"experiment": "a", "evaluation": {"sampler": "dpmpp", "steps": 20}, "seconds_per_image": 0.5, "quartiles": [0.4, 0.6], "nfe": 20}
-    write_json(tmp_path / "committed" / "shapes" / "times.json", {"rows": [row, row | {"evaluation": row["evaluation"] | {"start": [0.2, 0.6]}, "seconds_per_image": 0.3}]})
+    monkeypatch.setattr(records, "record_roots", lambda: [tmp_path / "committed", tmp_path / "own"])
+    row = {"experiment": "a", "evaluation": {"sampler": "dpmpp", "steps": 20}, "seconds_per_image": 0.5,
+           "quartiles": [0.4, 0.6], "nfe": 20}
+    write_json(tmp_path / "committed" / "shapes" / "times.json",
+               {"rows": [row, row | {"evaluation": row["evaluation"] | {"start": [0.2, 0.6]},
+                                     "seconds_per_image": 0.3}]})
     return tmp_path, row
 
 
 def test_a_time_is_found_by_exactly_its_options_and_your_own_file_comes_first(two_folders):
     folder, row = two_folders
-    assert time_of("shapes", "a", sampler="dpmpp", steps=20) == time_of("shapes", "a", sampler="dpmpp", steps=20, n=2_000) == 0.5
+    assert time_of("shapes", "a", sampler="dpmpp", steps=20) == time_of("shapes", "a", sampler="dpmpp", steps=20,
+                                                                        n=2_000) == 0.5
     assert time_of("shapes", "a", sampler="dpmpp", steps=20, start=(0.2, 0.6)) == 0.3
-    for name, asked in (("b", dict(sampler="dpmpp", steps=20)), ("a", dict(sampler="dpmpp", steps=10)), ("a", dict(sampler="dpmpp", steps=20, prior="own"))):
+    for name, asked in (("b", dict(sampler="dpmpp", steps=20)), ("a", dict(sampler="dpmpp", steps=10)),
+                        ("a", dict(sampler="dpmpp", steps=20, prior="own"))):
         assert time_of("shapes", name, **asked) is None
     assert sampling_times("cifar10") == [] and len(sampling_times("shapes")) == 2
     write_json(folder / "own" / "shapes" / "times.json", {"rows": [row | {"seconds_per_image": 0.1}]})
@@ -341,10 +401,14 @@ def test_a_profile_of_an_entry_has_its_sizes_and_its_initial_weights(tmp_path, m
     torch.manual_seed(derive_seed("init", 0))
     model = build_model(e.model)
     assert seen == {"hash": weights_hash(model), "batch": 6, "train_batch": 8, "sampler": "dpmpp", "steps": 2}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hybrid-full-sampling.json.gz", "hybrid-full-training-step.json.gz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hybrid-full-sampling.json.gz",
+                                                          "hybrid-full-training-step.json.gz"]
     assert row["sampling: ms per image"] == pytest.approx(1000 * profiles["sampling"].seconds / 6)
     assert row["training step: ms per image"] == pytest.approx(1000 * profiles["training step"].seconds / 8)
-    assert row["training step: peak MiB"] == pytest.approx(profiles["training step"].peak_memory_bytes / 2**20) and row["sampling: peak MiB"] > 0
+    assert (
+        row["training step: peak MiB"] == pytest.approx(profiles["training step"].peak_memory_bytes / 2**20)
+        and row["sampling: peak MiB"] > 0
+    )
     assert row["GFLOP per sample"] == pytest.approx(count_flops(lambda: model.sample(1, steps=2)) / 1e9)
     profile_entry(e, batch=3, sampler="ddim", steps=1, cpu=True)
     assert (seen["batch"], seen["sampler"], seen["steps"]) == (3, "ddim", 1)
@@ -377,8 +441,12 @@ def test_a_file_that_holds_something_else_is_not_overwritten(text, tmp_path):
 
 
 def test_the_committed_measurements_have_what_the_lesson_shows():
-    found = json.loads((runs.results_folder() / "bench.json").read_text())
-    assert set(found) == {"peers", "growth"} and {r["factor"] for r in found["growth"]["rows"]} == {"image_size", "width", "batch"}
+    found = json.loads((results_folder() / "bench.json").read_text())
+    assert set(found) == {"peers", "growth"} and {r["factor"] for r in found["growth"]["rows"]} == {
+        "image_size",
+        "width",
+        "batch",
+    }
     assert time_of("shapes", "ddpm", sampler="dpmpp", steps=20) > time_of("shapes", "vae", sampler=None, steps=1) > 0
 
 

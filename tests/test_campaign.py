@@ -1,4 +1,4 @@
-"""The campaign: its queue and states, running and continuing, the dry run of everything, and every model at its real size."""
+"""The campaign: its queue and states, running and continuing, the dry run, and every model at its real size."""
 import dataclasses
 import json
 import os
@@ -18,7 +18,8 @@ from hybridvae.core import (RECORD_KEYS, Draws, build_model, config_hash, count_
 from hybridvae.data import load_data
 from hybridvae.core import count_flops
 from hybridvae.experiments import Row
-from hybridvae.runs import Entry, recorded
+from hybridvae.entries import Entry
+from hybridvae.records import recorded
 from hybridvae.training import compile_networks, eager
 from hybridvae.unet import UNet
 
@@ -38,7 +39,8 @@ def entry(name="vae", seed=0, **changes):
 
 def a_record(e, **changes):
     "A record of that entry, complete."
-    return {**dict.fromkeys(RECORD_KEYS, 0), "experiment": e.experiment, "dataset": e.dataset, "subset": e.subset, "seed": e.seed,
+    return {**dict.fromkeys(RECORD_KEYS, 0), "experiment": e.experiment, "dataset": e.dataset, "subset": e.subset,
+            "seed": e.seed,
             "config": e.config, "config_hash": config_hash(e.config), "evaluations": list(e.evaluations),
             "studied": dict.fromkeys(e.studies, e.studied), **dict.fromkeys(e.studies, 1), **changes}
 
@@ -54,7 +56,8 @@ def committed(monkeypatch, tmp_path):
 # --- the queue ------------------------------------------------------------------------------------------------------
 
 def test_the_queue_holds_every_entry_once():
-    assert {e.dataset for e in ENTRIES} == set(campaign.DATASETS) and not any(e.experiment.endswith(campaign.SIZES) for e in ENTRIES)
+    assert {e.dataset for e in ENTRIES} == set(campaign.DATASETS) and not any(e.experiment.endswith(campaign.SIZES)
+                                                                              for e in ENTRIES)
     keys = [(e.dataset, e.experiment, e.seed) for e in ENTRIES]
     assert len(set(keys)) == len(keys)
     for data in campaign.DATASETS:
@@ -156,7 +159,8 @@ def ran(monkeypatch):
     def run_entry(e, entries, runs, minutes, cpu, progress, train_only=False):
         done.append((e.experiment, e.seed))
         if e.experiment == "bad":
-            complain = {0: campaign.HybridVAEError("the loss is not finite: lower the rate."), 1: RuntimeError("out of\nmemory")}
+            complain = {0: campaign.HybridVAEError("the loss is not finite: lower the rate."),
+                        1: RuntimeError("out of\nmemory")}
             raise complain[e.seed]
         if e.experiment == "slow":
             return None
@@ -178,11 +182,16 @@ def test_what_is_recorded_here_or_committed_is_skipped(tmp_path, committed, ran)
 
 def test_entries_that_fail_do_not_hold_up_the_others_and_are_reported(tmp_path, committed, ran, capsys):
     entries = [entry("bad"), entry("a"), entry("bad", seed=1), entry("b")]
-    with complains("2 of the campaign's entries failed", "shapes bad seed 0, while it was trained: the loss is not finite"):
+    with complains("2 of the campaign's entries failed",
+                   "shapes bad seed 0, while it was trained: the loss is not finite"):
         run_campaign(entries, tmp_path, progress=False)
     assert ran == [("bad", 0), ("a", 0), ("bad", 1), ("b", 0)]
     said = capsys.readouterr().out
-    assert "recorded: shapes a seed 0" in said and "shapes bad seed 1, while it was trained: RuntimeError" in said and "memory" in said
+    assert (
+        "recorded: shapes a seed 0" in said
+        and "shapes bad seed 1, while it was trained: RuntimeError" in said
+        and "memory" in said
+    )
     with complains("1 of the campaign's entries failed", "shapes bad seed 1", "RuntimeError"):
         run_campaign(entries[2:], tmp_path, progress=False)
 
@@ -232,7 +241,8 @@ def test_a_dry_run_changes_the_sizes_in_its_list_and_nothing_else():
         small = shrink(e)
         before, after = (leaves({f.name: getattr(v, f.name) for f in dataclasses.fields(v)}) for v in (e, small))
         assert before.keys() == after.keys()
-        different = {path for path in before if before[path] != after[path] or type(before[path]) is not type(after[path])}
+        different = {path for path in before if before[path] != after[path]
+                     or type(before[path]) is not type(after[path])}
         assert {path[-1] for path in different} <= set(TINY), e.experiment
         for path in before:
             if path[-1] in TINY and before[path] is not None:
@@ -248,7 +258,10 @@ def test_what_differs_in_earnest_differs_in_the_dry_run_too(data):
     for e in queue(data):
         if e.seed == 0:
             alike.setdefault(config_hash(shrink(e).config), []).append(e)
-    for first, *others in alike.values():  # a dry run is as short for everybody: a difference in length or batch alone is lost
+    for (
+        first,
+        *others,
+    ) in alike.values():  # a dry run is as short for everybody: a difference in length or batch alone is lost
         for e in others:
             as_long = dataclasses.replace(e, train={**e.train, **{k: first.train[k] for k in ("kimg", "batch_size")}})
             assert as_long.config == first.config, (first.experiment, e.experiment)
@@ -274,8 +287,7 @@ SAME_WORK = ("joint-none", "joint-1", "joint-100", "diffusevae-form2-z")  # as j
 
 @pytest.mark.parametrize("data", [*campaign.DATASETS, "celeba64-cpu", "cifar10-full", TRIALS])
 def test_every_experiment_comes_through_a_dry_run_that_is_stopped_once(data, tmp_path, monkeypatch, float32):
-    "Of the other seeds, which do the same work, one pair; in float32, since numbers so small are slower in bfloat16 wherever they are computed."
-    monkeypatch.setattr(runs, "_LAST", {}, raising=False)
+    "Of the other seeds, which do the same work, one pair; in float32, which is faster for numbers so small."
     entries = [e for e in queue(data) if e.seed == 0 and e.experiment.removesuffix("-cpu") not in SAME_WORK
                or e.seed == 1 and e.experiment in ("vae", "diffusevae-form1")]
     if data.endswith("-cpu"):  # of the later stages one that starts from another: the rest is as without the suffix
@@ -290,8 +302,9 @@ def test_every_experiment_comes_through_a_dry_run_that_is_stopped_once(data, tmp
         text = json.dumps(record)
         assert "NaN" not in text and "Infinity" not in text
         assert set(record["depends_on"]) == set(e.depends_on.values())
-        assert len(list(tmp_path.glob(f"{e.folder(tmp_path).parent.relative_to(tmp_path)}/seed{e.seed}*.[jp][pn]g"))) == (
-            0 if not e.evaluations else 2 if "DiffuseVAE" in e.model["model"] else 1)
+        assert len(
+            list(tmp_path.glob(f"{e.folder(tmp_path).parent.relative_to(tmp_path)}/seed{e.seed}*.[jp][pn]g"))
+        ) == (0 if not e.evaluations else 2 if "DiffuseVAE" in e.model["model"] else 1)
     assert dry_run(entries, tmp_path) == []  # all is recorded
 
 
@@ -312,7 +325,8 @@ import hybridvae.campaign as campaign
 import hybridvae
 entries = campaign.queue()[:2]
 records = campaign.dry_run(entries, "runs")
-print(json.dumps([hybridvae.__file__, [r["experiment"] for r in records], [[r["commit"], r["dirty"]] for r in records]]))
+commits = [[r["commit"], r["dirty"]] for r in records]
+print(json.dumps([hybridvae.__file__, [r["experiment"] for r in records], commits]))
 """
 NOT_NEEDED = ["nbdev", "fastcore", "execnb", "nflows", "torch_fidelity", "diffusers", "IPython", "ipykernel", "jupyter",
               "jupyter_client", "jupyter_core", "nbformat", "nbconvert", "notebook", "pytest"]
@@ -324,7 +338,8 @@ def test_a_dry_run_needs_only_what_a_bare_machine_has(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {**os.environ, "PATH": "", "HYBRIDVAE_COMMIT": "abc123", "PYTHONPATH": str(tmp_path)}
     environment.pop("HYBRIDVAE_RUNS", None)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", BARE.format(blocked=NOT_NEEDED)], cwd=tmp_path, env=environment,
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", BARE.format(blocked=NOT_NEEDED)], cwd=tmp_path,
+                          env=environment,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     file, names, commits = json.loads(done.stdout.splitlines()[-1])
@@ -369,7 +384,8 @@ def test_a_forward_pass_at_32_pixels_costs_what_the_budgets_were_made_with(name,
 
 # --- compilation ----------------------------------------------------------------------------------------------------
 
-HYBRID = entry("hybrid-full", model={"model": "DiffuseVAE", "vae": {k: v for k, v in VAE.items() if k != "model"}, "unet": UNET})
+HYBRID = entry("hybrid-full", model={"model": "DiffuseVAE", "vae": {k: v for k, v in VAE.items() if k != "model"},
+                                     "unet": UNET})
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "cl"))), reason="needs a C++ compiler")
 
 
@@ -401,5 +417,6 @@ def test_a_compiled_model_has_the_losses_of_the_eager_one_and_eager_context_does
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="Linux with automatic groups")
 def test_a_nice_campaign_is_nice_to_other_sessions():
     program = "from hybridvae.campaign import *; run_campaign([]); print(open('/proc/self/autogroup').read())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, preexec_fn=lambda: (os.setsid(), os.nice(7)))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          preexec_fn=lambda: (os.setsid(), os.nice(7)))
     assert done.stdout.split()[-1] == "7", done.stderr

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hybridvae import runs
 from hybridvae.metrics import paired_family
+from hybridvae.records import mean_and_spread
 
 NBS = Path(__file__).parents[1] / "nbs"
 LESSONS = pytest.mark.parametrize("lesson", ["01_diffusevae", "07_report"])
@@ -108,7 +108,7 @@ def test_what_lesson_1_reads_off_its_table_stands_in_it():
 
 def test_a_sentence_on_a_latent_model_does_without_a_time():
     names = {"time_of": lambda *names, **options: None, "values_of": lambda *names: {0: 0.5}, "committed": [],
-             "SHARPNESS": "", "LATENT": {"latent": "latent"}, "mean_and_spread": runs.mean_and_spread,
+             "SHARPNESS": "", "LATENT": {"latent": "latent"}, "mean_and_spread": mean_and_spread,
              "both": lambda name: "too few seeds to say"}
     exec(source_of("07_report", "def in_words("), names)
     said = names["in_words"]("latent")

@@ -34,6 +34,8 @@ from hybridvae.priors import GaussianMixture, fit_mixture
 from hybridvae.report import read_bibliography, render_report, resolve_references
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
+from hybridvae.entries import find_entry
+from hybridvae.records import results_folder
 
 TINY_VAE = {"image_size": 32, "z_dim": 4, "width": 8, "multipliers": [1, 2], "patch": 4, "sigma": 0.1}
 TINY_UNET = {"image_size": 32, "width": 16, "multipliers": [1], "attention": [], "patch": 4}
@@ -517,7 +519,7 @@ def test_the_networks_that_measure(weights, monkeypatch):
 # --- campaign -------------------------------------------------------------------------------------------------------
 
 def test_campaign_runs_what_is_missing_once(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "results_folder", lambda: tmp_path / "none")
+    monkeypatch.setattr("hybridvae.records.results_folder", lambda: tmp_path / "none")
     words = "campaign --cpu --dataset shapes --experiment vae --runs", tmp_path / "runs"
     assert "0 of 2 entries recorded, 2 to be trained, 0 trained and to be measured" in command(*words, "--list")
     assert "0 of 2" in command(*words, "--minutes 0")
@@ -647,11 +649,11 @@ def test_report_over_a_fresh_study(tiny, clone, tmp_path):
 
 def test_report_does_only_what_it_shows_and_takes_complete_records_as_they_are(tmp_path, monkeypatch):
     asked, written = [], {}
-    entries = {name: runs.find_entry(campaigns.queue("shapes"), name) for name in report.STUDY}
+    entries = {name: find_entry(campaigns.queue("shapes"), name) for name in report.STUDY}
     vae = entries["vae"]
     written["vae"] = {"config": vae.config, "evaluations": list(vae.evaluations), **dict.fromkeys(vae.studies),
                       "studied": dict.fromkeys(vae.studies, vae.studied)}
-    monkeypatch.setattr(runs, "recorded", lambda entry, *roots: written.get(entry.experiment))
+    monkeypatch.setattr("hybridvae.records.recorded", lambda entry, *roots: written.get(entry.experiment))
     monkeypatch.setattr(runs, "run_entry", lambda entry, *rest, **options: asked.append(entry) or {})
     monkeypatch.setattr(selection, "summary", lambda record, runs: "")
     monkeypatch.setattr(report, "render_report", lambda runs: runs)
@@ -668,7 +670,7 @@ def test_an_unknown_reference_is_an_error():
 
 
 def test_the_bibliography_is_read_whole():
-    text = (runs.results_folder().parent / "refs.bib").read_text()
+    text = (results_folder().parent / "refs.bib").read_text()
     found = read_bibliography(text)
     assert len(found) == len(re.findall(r"^@", text, flags=re.M))
     assert all({"author", "title", "year"} <= set(fields) for fields in found.values())

@@ -14,7 +14,8 @@ from hybridvae.features import load_features
 from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
 from hybridvae.metrics import describe
 from hybridvae.priors import FITTED
-from hybridvae.runs import Entry, evaluate, run_entry
+from hybridvae.entries import Entry
+from hybridvae.runs import evaluate, run_entry
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
 from PIL import Image
@@ -120,7 +121,7 @@ def test_the_command_line_draws_the_same_images_for_any_n_batch_and_part(tmp_pat
 
 def test_the_grid_of_a_record_shows_the_first_images_that_were_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 60, "test": 40})
-    monkeypatch.setattr(runs, "_LAST", {})
+    runs._forget()
     entry = Entry("vae", "shapes", {"model": "VAE", **VAE_CONFIG, "image_size": 32}, {"kimg": 0.016, "batch_size": 8},
                   features="features", seed=3, evaluations=({"sampler": None, "steps": 1, "n": 20},), batch=20)
     network = {"model": "FeatureNetwork", "name": "shapes", "classes": 3, "factors": True}

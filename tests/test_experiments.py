@@ -1,4 +1,4 @@
-"""The tables of experiments: what a row means, that its name is found, the order, and that records still belong to it."""
+"""The tables of experiments: what a row means, that its name is found, the order, and that records belong to it."""
 import collections
 import copy
 from pathlib import Path
@@ -9,7 +9,7 @@ from hybridvae import adaptive, experiments
 from hybridvae.campaign import queue
 from hybridvae.core import config_hash, load_records
 from hybridvae.experiments import ONCE, PRESETS, TABLES, Row, entries_of, entry_of, filled, inherited
-from hybridvae.runs import results_folder
+from hybridvae.records import results_folder
 
 ENTRIES = entries_of()
 ROWS = [row for table in TABLES.values() for row in table]
@@ -26,8 +26,11 @@ def test_every_experiment_has_one_row_that_is_found_by_its_name():
 
 def test_a_row_takes_from_its_parent_what_it_leaves_open():
     parent = filled("joint-b16-10")
-    child = inherited(Row("new", "joint-b16-10", on=ONCE, model={"vae": {"width": 8}, "balance": {"name": "uncertainty"}}))
-    assert child.model["vae"] == parent.model["vae"] | {"width": 8} and "beta" in child.model["vae"]  # a part is changed
+    child = inherited(Row("new", "joint-b16-10", on=ONCE,
+                          model={"vae": {"width": 8}, "balance": {"name": "uncertainty"}}))
+    assert (
+        child.model["vae"] == parent.model["vae"] | {"width": 8} and "beta" in child.model["vae"]
+    )  # a part is changed
     assert child.model["balance"] == {"name": "uncertainty"}  # all else is replaced
     for column in set(vars(parent)) - {"name", "on", "model"}:
         assert getattr(child, column) == getattr(parent, column), column
@@ -36,7 +39,8 @@ def test_a_row_takes_from_its_parent_what_it_leaves_open():
 
 
 def test_parts_numbers_and_factors_come_from_the_preset():
-    row = Row("new", on=ONCE, model={"model": "X", "vae": {"part": "vae", "beta": 2.0, "times_sigma": 3}, "t_range": [0, 1]},
+    row = Row("new", on=ONCE, model={"model": "X", "vae": {"part": "vae", "beta": 2.0, "times_sigma": 3},
+                                     "t_range": [0, 1]},
               train={"part": "train", "times_kimg": "mlp_longer", "times_lr": 0.5}, batch="batch", n_study=7,
               evaluate=({"sampler": None, "steps": 1, "n": "n"}, {"sampler": None, "steps": 1, "n": "n_of_nothing"},
                         {"sampler": None, "steps": 1, "n": 5, "prior": "usual"}))
@@ -60,7 +64,9 @@ def test_a_weight_pulls_as_hard_at_another_sigma():
         assert entries[0].model["balance"]["value"] == float(name.partition("-")[2])
         assert entries[1].model["vae"]["sigma"] != 0.5 and pulls[1] == pytest.approx(pulls[0])
     heavy = {d: next(e for e in entries_of(d) if e.experiment == "joint-b8-vae").model for d in ("shapes", "celeba64")}
-    assert heavy["shapes"]["beta"] == 8 and heavy["celeba64"]["beta"] == pytest.approx(8 * (0.5 / heavy["celeba64"]["sigma"])**2)
+    assert heavy["shapes"]["beta"] == 8 and heavy["celeba64"]["beta"] == pytest.approx(
+        8 * (0.5 / heavy["celeba64"]["sigma"]) ** 2
+    )
 
 
 def test_scopes_say_on_which_presets_and_with_how_many_seeds():
@@ -68,7 +74,8 @@ def test_scopes_say_on_which_presets_and_with_how_many_seeds():
     for row in map(inherited, ROWS):
         for name, seeds in row.on.items():
             assert seen[row.name, name.partition("-")[0]] == seeds
-    row = Row("new", "diffusevae-form1", studies={"robustness": {"shapes": 1}, "path_length": {"shapes": 2, "cifar10": 1}})
+    row = Row("new", "diffusevae-form1",
+              studies={"robustness": {"shapes": 1}, "path_length": {"shapes": 2, "cifar10": 1}})
     studies = lambda name, seed: entry_of(row, name, seed).studies
     assert studies("shapes", 0) == ("robustness", "path_length") and studies("shapes", 1) == ("path_length",)
     assert studies("shapes", 2) == studies("cifar10", 1) == () and studies("cifar10", 0) == ("path_length",)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import complains, generator, randomised
-from hybridvae import runs
 from hybridvae.campaign import queue
 from hybridvae.core import (Draws, HybridVAEError, build_model, count_flops, load_model, randn, save_model, to_uint8,
                             weights_hash)
@@ -22,8 +21,10 @@ from hybridvae.latent import (TIMES_LESS, DiffusionPrior, LatentDiffuseVAE, Late
                               sampling_flops)
 from hybridvae.metrics import describe, frechet_distance, paired, paired_family
 from hybridvae.priors import StandardNormal
-from hybridvae.runs import STUDIES, Entry, Material, run_entry
+from hybridvae.entries import Entry
+from hybridvae.runs import STUDIES, Material, run_entry
 from hybridvae.training import TrainConfig, train
+from hybridvae.records import mean_and_spread, sampling_times, values_of
 
 VECTOR = dict(image_size=16, z_dim=4, width=8, multipliers=(1, 2))
 PLACES = dict(image_size=16, z_channels=2, width=8, multipliers=(1, 2), patch=2)  # 2 x 4 x 4
@@ -400,7 +401,7 @@ def timed(monkeypatch, seconds):
     options = lambda k: {} if k is None else {"refine_steps": k}
     rows = [{"experiment": name, "evaluation": {"sampler": "dpmpp", "steps": 3} | options(k),
              "seconds_per_image": s} for (name, k), s in seconds.items()]
-    monkeypatch.setattr(runs, "sampling_times", lambda dataset: rows)
+    monkeypatch.setattr("hybridvae.records.sampling_times", lambda dataset: rows)
 
 
 def test_the_operations_of_a_sample_are_those_of_its_parts():
@@ -464,7 +465,7 @@ def test_a_recorded_texture_distance_is_a_yardstick_too(monkeypatch):
 
 def test_fewer_steps_of_the_pixel_model_take_less_time(monkeypatch):
     timed(monkeypatch, {("latent", None): 0.01, ("ddpm", None): 0.3})
-    rows = runs.sampling_times("shapes")
+    rows = sampling_times("shapes")
     rows.append(rows[1] | {"evaluation": {"sampler": "dpmpp", "steps": 1}, "seconds_per_image": 0.05})
     records = records_of(DDPM, DDPM)
     main, few = (gain(records, "latent", "ddpm", steps=steps) for steps in (None, 1))
@@ -505,10 +506,10 @@ def sentence(records, family=None):
     sources = ["".join(c["source"]) for c in json.loads(LESSON.read_text())["cells"]]
     kinds = {"FD": "FD", "texture distance": "texture distance",
              "high-frequency power": "sharpness: high-frequency power"}
-    pairs = {f"latent against ddpm, {kind}": tuple(runs.values_of(records, name, kind) for name in ("latent", "ddpm"))
+    pairs = {f"latent against ddpm, {kind}": tuple(values_of(records, name, kind) for name in ("latent", "ddpm"))
              for kind in kinds}
     names = {"gain": gain, "RECORDS": {"shapes": records}, "HybridVAEError": HybridVAEError, "KINDS": kinds,
-             "FEWEST": 1, "TIMES_LESS": TIMES_LESS, "mean_and_spread": runs.mean_and_spread,
+             "FEWEST": 1, "TIMES_LESS": TIMES_LESS, "mean_and_spread": mean_and_spread,
              "FAMILY": {"shapes": paired_family(pairs)}}
     for function in ("compared", "goal_in_words", "in_time", "in_words"):
         [source] = [s for s in sources if f"def {function}(" in s]

@@ -1,4 +1,4 @@
-"""The script for ten minutes of a borrowed GPU, tried on the CPU: lanes side by side, the limit, what is packed, going on at home."""
+"""The script for ten minutes of a borrowed GPU, tried on the CPU: lanes, the limit, what is packed, what follows."""
 import json
 import os
 import subprocess
@@ -33,7 +33,8 @@ def unpacked(out, folder):
 
 @pytest.mark.parametrize("dataset", ["cifar10", "celeba64"])
 def test_a_lease_brings_home_records_grids_and_the_weights_that_were_measured(dataset, tmp_path):
-    said = lease("run", dataset, "--tiny", "--runs", tmp_path / "there", "--out", tmp_path / "out", "features vae diffusevae-form1-z",
+    said = lease("run", dataset, "--tiny", "--runs", tmp_path / "there", "--out", tmp_path / "out",
+                 "features vae diffusevae-form1-z",
                  "ddpm")
     assert "the lanes ended with [0, 0]" in said
     runs = unpacked(tmp_path / "out", tmp_path)
@@ -42,16 +43,22 @@ def test_a_lease_brings_home_records_grids_and_the_weights_that_were_measured(da
         assert state(entry, runs) == "recorded"
         record = json.loads((runs / dataset / name / "seed0.json").read_text())
         assert weights_hash(load_model(runs / dataset / name / "seed0" / "model.safetensors")) == record["weights_hash"]
-        assert len(list((runs / dataset / name).glob("seed0*.*g"))) == (0 if name == "features" else 1 + ("form" in name))
+        assert len(list((runs / dataset / name).glob("seed0*.*g"))) == (
+            0 if name == "features" else 1 + ("form" in name)
+        )
     assert not list(runs.rglob("checkpoint-*"))
 
 
 def test_what_the_limit_cut_off_is_measured_at_home(tmp_path, monkeypatch):
     "Here the limit comes before anything is measured: only weights come home, and the campaign measures them."
     monkeypatch.setenv("HYBRIDVAE_PRECISION", "fp32")
-    script = f"import runpy, sys; sys.argv = ['lease.py', 'lane', 'cifar10', 'vae', '--tiny', '--runs', {str(tmp_path / 'there')!r}]\n"
-    stopped = "import hybridvae.runs as runs\nrun = runs.run_entry\nruns.run_entry = lambda *a: run(*a) if a[-1] else None\n"
-    subprocess.run([sys.executable, "-c", stopped + script + f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"], check=True,
+    there = str(tmp_path / "there")
+    script = f"import runpy, sys; sys.argv = ['lease.py', 'lane', 'cifar10', 'vae', '--tiny', '--runs', {there!r}]\n"
+    stopped = (
+        "import hybridvae.runs as runs\nrun = runs.run_entry\nruns.run_entry = lambda *a: run(*a) if a[-1] else None\n"
+    )
+    subprocess.run([sys.executable, "-c", stopped + script + f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"],
+                   check=True,
                    capture_output=True)
     sys.path.insert(0, str(SCRIPT.parent))
     from lease import pack
@@ -72,11 +79,15 @@ def test_a_lane_that_does_not_end_is_ended_and_the_rest_is_packed(tmp_path, monk
     file.parent.mkdir(parents=True)
     file.write_text("{}")
     start = subprocess.Popen
-    monkeypatch.setattr(script.subprocess, "Popen", lambda command: start(["sleep", "100" if command[-1] == "slow" else "0"]))
+    monkeypatch.setattr(script.subprocess, "Popen",
+                        lambda command: start(["sleep", "100" if command[-1] == "slow" else "0"]))
     monkeypatch.setattr(script, "GRACE", 0.2)
     began = time.monotonic()
     script.run("cifar10", ["slow", "quick"], False, tmp_path / "there", 0.0, tmp_path / "out")
-    assert time.monotonic() - began < 20 and (unpacked(tmp_path / "out", tmp_path) / "cifar10/vae/seed0/trained.json").exists()
+    assert (
+        time.monotonic() - began < 20
+        and (unpacked(tmp_path / "out", tmp_path) / "cifar10/vae/seed0/trained.json").exists()
+    )
 
 
 def test_a_package_is_cut_into_parts_that_fit(tmp_path, monkeypatch):

@@ -17,8 +17,10 @@ from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.features import load_features
 from hybridvae.metrics import describe
-from hybridvae.runs import Entry, evaluate, run_entry
-from hybridvae.training import (COMPILE_FROM, TrainConfig, autocast, choose_compile, choose_precision, supports_bf16, train,
+from hybridvae.entries import Entry
+from hybridvae.runs import evaluate, run_entry
+from hybridvae.training import (COMPILE_FROM, TrainConfig, autocast, choose_compile, choose_precision, supports_bf16,
+                                train,
                                 training_flops)
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
@@ -52,7 +54,8 @@ def smallest():
 
 def trained(folder, config=None, model=None, **options):
     model = model or small()
-    result = train(model, few(), config or TrainConfig(kimg=0.064, batch_size=8), folder, **{"cpu": True, "progress": False, **options})
+    result = train(model, few(), config or TrainConfig(kimg=0.064, batch_size=8), folder,
+                   **{"cpu": True, "progress": False, **options})
     return model, result
 
 
@@ -68,7 +71,8 @@ def bf16(monkeypatch):
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
     torch.manual_seed(0)
-    return save_model(randomised(DiffuseVAE(TINY_VAE, TINY_UNET), 0.1), tmp_path_factory.mktemp("weights") / "hybrid.safetensors")
+    return save_model(randomised(DiffuseVAE(TINY_VAE, TINY_UNET), 0.1),
+                      tmp_path_factory.mktemp("weights") / "hybrid.safetensors")
 
 
 # --- everything in bfloat16 -----------------------------------------------------------------------------------------
@@ -79,7 +83,9 @@ def test_samples_in_bf16_say_so_are_close_and_are_the_same_in_any_batch(bf16, hy
     command(*line, tmp_path / "parts.npz", "--n", 6, "--batch", 2)
     assert "computing in fp32" in command(*line, tmp_path / "full.npz", "--n", 6, "--precision", "fp32")
     whole, parts, full = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("all", "parts", "full"))
-    assert np.abs(whole - parts).mean() < 0.5 and np.abs(whole - parts).max() <= 16  # rounding may differ with the batch
+    assert (
+        np.abs(whole - parts).mean() < 0.5 and np.abs(whole - parts).max() <= 16
+    )  # rounding may differ with the batch
     assert 0 < np.abs(whole - full).mean() < 4
 
 
@@ -102,22 +108,28 @@ def test_a_run_continued_in_another_precision_says_both(bf16, tmp_path, monkeypa
 
 def test_an_entry_in_bf16_is_evaluated_in_bf16_and_measured_in_full_precision(bf16, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 60, "test": 40})
-    monkeypatch.setattr(runs, "_LAST", {})
     dtypes, network = set(), load_features("shapes")
     forward = type(network).forward
-    monkeypatch.setattr(type(network), "forward", lambda self, x: dtypes.add(forward(self, x).dtype) or forward(self, x))
-    entry = Entry("vae", "shapes", {"model": "VAE", **TINY_VAE}, {"kimg": 0.016, "batch_size": 8}, features="features", batch=12,
-                  evaluations=({"sampler": None, "steps": 1, "n": 20}, {"sampler": None, "steps": 1, "n": 20, "prior": "ex-pde"}))
-    eye = Entry("features", "shapes", {"model": "FeatureNetwork", "name": "shapes", "classes": 3, "factors": True}, {"kimg": 0.016})
+    monkeypatch.setattr(type(network), "forward", lambda self, x: dtypes.add(forward(self, x).dtype)
+                        or forward(self, x))
+    entry = Entry("vae", "shapes", {"model": "VAE", **TINY_VAE}, {"kimg": 0.016, "batch_size": 8}, features="features",
+                  batch=12,
+                  evaluations=({"sampler": None, "steps": 1, "n": 20},
+                               {"sampler": None, "steps": 1, "n": 20, "prior": "ex-pde"}))
+    eye = Entry("features", "shapes", {"model": "FeatureNetwork", "name": "shapes", "classes": 3, "factors": True},
+                {"kimg": 0.016})
     record = run_entry(entry, [entry, eye], tmp_path, cpu=True, progress=False)
     assert record["precision"] == record["measured_precision"] == record["evaluations"][0]["precision"] == "bf16"
     assert {e["drawn"] for e in record["evaluations"]} == {"by image"} and dtypes == {torch.float32}
     assert all(np.isfinite(m["value"]) for e in record["evaluations"] for m in e["metrics"].values())
 
 
-def test_every_command_that_computes_takes_a_precision_and_leaves_the_environment_as_it_was(bf16, hybrid, tmp_path, monkeypatch):
+def test_every_command_that_computes_takes_a_precision_and_leaves_the_environment_as_it_was(
+    bf16, hybrid, tmp_path, monkeypatch
+):
     monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 60, "test": 40})
-    for words in (["reconstruct", "--dataset", "shapes", "--out", tmp_path / "r.png"], ["interpolate", "--out", tmp_path / "i.png"],
+    for words in (["reconstruct", "--dataset", "shapes", "--out", tmp_path / "r.png"],
+                  ["interpolate", "--out", tmp_path / "i.png"],
                   ["evaluate", "--dataset", "shapes", "--n", 20]):
         said = command(*words, "--weights", hybrid, "--steps", 2, "--cpu", "--precision", "fp32")
         assert "computing in fp32" in said and training.os.environ["HYBRIDVAE_PRECISION"] == "bf16"
@@ -131,7 +143,7 @@ def test_every_command_that_computes_takes_a_precision_and_leaves_the_environmen
 def test_the_config_decides_then_the_environment_then_the_hardware(monkeypatch):
     monkeypatch.delenv("HYBRIDVAE_PRECISION", raising=False)
     for fast in (True, False):
-        monkeypatch.setattr(training, "supports_bf16", lambda device: fast)
+        monkeypatch.setattr(training, "supports_bf16", lambda device, fast=fast: fast)
         assert choose_precision(CPU) == ("bf16" if fast else "fp32")
         assert [choose_precision(CPU, p) for p in ("bf16", "fp32")] == ["bf16", "fp32"]
     monkeypatch.setenv("HYBRIDVAE_PRECISION", "bf16")
@@ -145,12 +157,12 @@ def test_the_config_decides_then_the_environment_then_the_hardware(monkeypatch):
 
 def test_a_cpu_is_fast_at_bf16_only_with_matrix_tiles(monkeypatch):
     for tiles in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles, raising=False)
         assert supports_bf16(CPU) is tiles
 
 
 def in_a_new_process(folder, **environment):
-    "Weights and precision of a training with this environment, and what is left of the environment; Accelerate keeps its settings."
+    "Weights and precision of a training with this environment, and what is left of it; Accelerate keeps its settings."
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from test_precision import *; import os\n"
             "model, result = trained(sys.argv[2], TrainConfig(kimg=0.064, batch_size=8, precision='fp32'))\n"
             "print(weights_hash(model), result.precision, *[os.environ.get(name) for name in sys.argv[3:]])")
@@ -164,7 +176,8 @@ def plain(tmp_path_factory):
     return in_a_new_process(tmp_path_factory.mktemp("runs") / "plain")
 
 
-@pytest.mark.parametrize("variable, value", [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"), ("ACCELERATE_MIXED_PRECISION", "bf16"),
+@pytest.mark.parametrize("variable, value", [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+                                             ("ACCELERATE_MIXED_PRECISION", "bf16"),
                                              ("ACCELERATE_DYNAMO_BACKEND", "EAGER"), ("ACCELERATE_USE_FSDP", "true")])
 def test_accelerates_environment_changes_nothing(variable, value, plain, tmp_path):
     "The same config gives the same weights, and the variable is there again afterwards."
@@ -194,7 +207,8 @@ def test_operations_of_training_are_those_of_three_forward_passes(monkeypatch):
     monkeypatch.setitem(COMPILE_FROM, "cpu", 0.0)  # small numbers are counted, too
     model = small().train()
     once = training_flops(model, few(), 1)
-    assert model.training and once == 3 * training.count_flops(lambda: model.unet(torch.zeros(1, 3, 32, 32), torch.zeros(1))) > 0
+    assert model.training and once == 3 * training.count_flops(lambda: model.unet(torch.zeros(1, 3, 32, 32),
+                                                                                  torch.zeros(1))) > 0
     assert training_flops(model, few(), 500) == 500 * once
     monkeypatch.undo()
     assert training_flops(small(), few(), 1) >= once  # a bound from above, where it does not matter
@@ -202,25 +216,31 @@ def test_operations_of_training_are_those_of_three_forward_passes(monkeypatch):
 
 def test_without_a_compiler_there_is_one_sentence_and_the_run_goes_on(tmp_path):
     "In a process that finds no compiler, and keeps nothing that was compiled before."
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from test_precision import *; import torch._inductor.config as config\n"
-            "config.cpp.cxx = ('no-such-compiler',)\n"
-            "model, result = trained(sys.argv[2])\n"
-            "train(small(), few(), TrainConfig(kimg=0.016, batch_size=8), sys.argv[2] + '2', cpu=True, progress=False)\n"
-            "print(result.finished, result.compiled)")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_precision import *; import torch._inductor.config as config\n"
+        "config.cpp.cxx = ('no-such-compiler',)\n"
+        "model, result = trained(sys.argv[2])\n"
+        "train(small(), few(), TrainConfig(kimg=0.016, batch_size=8), sys.argv[2] + '2', cpu=True, progress=False)\n"
+        "print(result.finished, result.compiled)"
+    )
     env = {**training.os.environ, "HYBRIDVAE_COMPILE": "on", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", code, str(training.Path(__file__).parent), str(tmp_path / "run")], env=env,
+    done = subprocess.run([sys.executable, "-c", code, str(training.Path(__file__).parent), str(tmp_path / "run")],
+                          env=env,
                           capture_output=True, text=True)
     assert done.stdout.split()[-2:] == ["True", "False"], done.stderr
     said = [line for line in done.stderr.splitlines() if "compiler" in line and "Networks are not compiled" in line]
     assert len(said) == 1 and "g++" in said[0] and "Traceback" not in done.stderr
 
 
-needs_compiler = pytest.mark.skipif(not any(map(training.shutil.which, ("c++", "g++", "cl"))), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not any(map(training.shutil.which, ("c++", "g++", "cl"))),
+                                    reason="needs a C++ compiler")
 
 
 @needs_compiler
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 0.03)])
-def test_a_compiled_run_has_the_losses_of_an_eager_one_and_continues_bit_for_bit(precision, tolerance, tmp_path, monkeypatch):
+def test_a_compiled_run_has_the_losses_of_an_eager_one_and_continues_bit_for_bit(precision, tolerance, tmp_path,
+                                                                                 monkeypatch):
     monkeypatch.setenv("HYBRIDVAE_PRECISION", precision)
     monkeypatch.setenv("HYBRIDVAE_COMPILE", "on")
     run = lambda name, **options: trained(tmp_path / name, model=smallest(), **options)  # which compiles in seconds
@@ -247,7 +267,8 @@ def damaged(tmp_path):
     return save_model(model, tmp_path / "damaged.safetensors")
 
 
-@pytest.mark.parametrize("words", ["sample --n 4 --out {}/x.png", "sample --n 4 --out {}/x.npz", "sample --n 4 --out {}/x",
+@pytest.mark.parametrize("words", ["sample --n 4 --out {}/x.png", "sample --n 4 --out {}/x.npz",
+                                   "sample --n 4 --out {}/x",
                                    "reconstruct --dataset shapes --out {}/x.png", "interpolate --out {}/x.png",
                                    "evaluate --dataset shapes --n 20 --json {}/x.json"])
 def test_damaged_weights_get_a_sentence_and_no_file(words, damaged, tmp_path, monkeypatch):
@@ -267,13 +288,18 @@ def test_images_that_are_not_finite_are_refused_wherever_they_come_from():
     class Overflows(Model):
         def __init__(self):
             super().__init__()
-            self.config, self.image_shape, self.weight = {"model": "Overflows"}, (3, 32, 32), torch.nn.Parameter(torch.ones(1))
+            self.config, self.image_shape, self.weight = (
+                {"model": "Overflows"},
+                (3, 32, 32),
+                torch.nn.Parameter(torch.ones(1)),
+            )
 
         def sample(self, n, **options):
             return torch.full((n, 3, 32, 32), float("nan"))
     network = load_features("shapes")
     with complains("not finite"):
-        evaluate(Overflows(), [network], [{"held-out": describe(network, few().tensor())}], {"sampler": None, "steps": 1, "n": 8},
+        evaluate(Overflows(), [network], [{"held-out": describe(network, few().tensor())}],
+                 {"sampler": None, "steps": 1, "n": 8},
                  batch=8, progress=False)
 
 
@@ -314,7 +340,8 @@ def prepared(cache, seed):
 def test_the_command_line_refuses_other_images_under_the_same_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HYBRIDVAE_DATA", str(tmp_path / "cache"))
     prepared(tmp_path / "cache", 0)
-    words = ["train", "--dataset", "flowers", "--model", "vae", "--small", "--kimg", "0.064", "--batch-size", "32", "--cpu", "--out", tmp_path / "run"]
+    words = ["train", "--dataset", "flowers", "--model", "vae", "--small", "--kimg", "0.064", "--batch-size", "32",
+             "--cpu", "--out", tmp_path / "run"]
     assert "the same command continues" in command(*words, "--minutes", 0)
     prepared(tmp_path / "cache", 1)
     answer = CliRunner().invoke(cli.app, list(map(str, words)))
@@ -326,13 +353,12 @@ def test_the_command_line_refuses_other_images_under_the_same_name(tmp_path, mon
 def test_an_entry_trained_on_other_images_is_not_taken_for_this_one(tmp_path, monkeypatch):
     sizes = {"train": 60, "test": 40}
     monkeypatch.setattr(data, "SHAPES_SIZES", sizes)
-    monkeypatch.setattr(runs, "_LAST", {})
     entry = Entry("vae", "shapes", {"model": "VAE", **TINY_VAE}, {"kimg": 0.016, "batch_size": 8})
     record = run_entry(entry, [entry], tmp_path, cpu=True, progress=False)
     assert record["data_hash"] == data.load_data("shapes").fingerprint
     (tmp_path / "shapes" / "vae" / "seed0.json").unlink()  # to be measured again, from the weights
     sizes["train"] = 50
-    monkeypatch.setattr(runs, "_LAST", {})
+    runs._forget()
     with complains("other images"):
         run_entry(entry, [entry], tmp_path, cpu=True, progress=False)
 
@@ -340,7 +366,8 @@ def test_an_entry_trained_on_other_images_is_not_taken_for_this_one(tmp_path, mo
 def test_a_finished_training_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HYBRIDVAE_DATA", str(tmp_path / "cache"))
     prepared(tmp_path / "cache", 0)
-    words = ["train", "--dataset", "flowers", "--model", "ddpm", "--small", "--kimg", "0.064", "--batch-size", "32", "--cpu", "--out", tmp_path / "run"]
+    words = ["train", "--dataset", "flowers", "--model", "ddpm", "--small", "--kimg", "0.064", "--batch-size", "32",
+             "--cpu", "--out", tmp_path / "run"]
     command(*words)
     files = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").glob("*.*")}
     monkeypatch.setattr("hybridvae.core.device_name", lambda device: "another machine")
@@ -352,4 +379,5 @@ def test_a_finished_training_stays_as_it_is(tmp_path, monkeypatch):
     model, result = trained(tmp_path / "direct")
     monkeypatch.setenv("HYBRIDVAE_PRECISION", "bf16")
     again = trained(tmp_path / "direct")[1]  # the function, too: nothing is computed, so nothing else is said
-    assert (again.peak_memory_bytes, again.parts, again.seconds) == (result.peak_memory_bytes, result.parts, result.seconds)
+    assert (again.peak_memory_bytes, again.parts, again.seconds) == (result.peak_memory_bytes, result.parts,
+                                                                     result.seconds)

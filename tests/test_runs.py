@@ -1,4 +1,4 @@
-"""Entries and records: what a run measures, how it stops and continues, which network measures, and what tables are made."""
+"""Entries, records, runs: what is measured, how a run stops and continues, which network measures, what tables hold."""
 import contextlib
 import dataclasses
 import importlib
@@ -10,16 +10,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import complains, files_below, generator
-from hybridvae import data, runs, training
+from hybridvae import data, records, runs, training
 from hybridvae.campaign import load_stages, run_campaign
-from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, randn, record_path,
-                            save_model, weights_hash, write_record)
+from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, load_records,
+                            randn,
+                            record_path, save_model, weights_hash, write_record)
 from hybridvae.diffusevae import DiffuseVAE
+from hybridvae.entries import OPTIONS, Entry, find_entry, studied_with
 from hybridvae.experiments import PRESETS
 from hybridvae.features import FaceEncoder, load_features, shipped_features
 from hybridvae.metrics import describe, frechet_distance
-from hybridvae.runs import (Entry, evaluate, evaluation_of, find_entry, mean_and_spread, outdated, recorded,
-                            results_table, run_entry, values_of)
+from hybridvae.records import (
+    answers_of,
+    evaluation_of,
+    floor_of,
+    mean_and_spread,
+    outdated,
+    recorded,
+    results_table,
+    values_of,
+)
+from hybridvae.runs import evaluate, run_entry
 from hybridvae.vae import VAE
 from PIL import Image
 from safetensors.torch import load_file
@@ -29,8 +40,10 @@ TINY_UNET = {"image_size": 32, "width": 16, "multipliers": [1], "attention": [],
 TRAIN = {"kimg": 0.048, "batch_size": 16, "lr": 1e-3}  # 3 steps
 NETWORK = Entry("features", "shapes", PRESETS["shapes"]["features"], PRESETS["shapes"]["train_features"])
 COARSE = Entry("vae", "shapes", {"model": "VAE", **TINY_VAE}, TRAIN, features="features", batch=12,
-               evaluations=({"sampler": None, "steps": 1, "n": 20}, {"sampler": None, "steps": 1, "n": 20, "prior": "ex-pde"}))
-HYBRID = Entry("hybrid", "shapes", {"model": "DiffuseVAE", "vae": TINY_VAE, "unet": TINY_UNET, "form": 2, "cond_dropout": 0.1},
+               evaluations=({"sampler": None, "steps": 1, "n": 20},
+                            {"sampler": None, "steps": 1, "n": 20, "prior": "ex-pde"}))
+HYBRID = Entry("hybrid", "shapes", {"model": "DiffuseVAE", "vae": TINY_VAE, "unet": TINY_UNET, "form": 2,
+                                    "cond_dropout": 0.1},
                TRAIN, features="features", depends_on={"vae": "vae"}, batch=12, n_study=8, studies=("first", "second"),
                evaluations=({"sampler": "dpmpp", "steps": 2, "n": 20},
                              {"sampler": "ddim", "steps": 1, "n": 12, "guidance_weight": 2.0}))
@@ -44,11 +57,11 @@ def small():
     def study(name):
         def answer(model, m):
             CALLS.append(name)
-            return {"n": m.n, "parts": [n for n, _ in m.parts()], "mean": model.sample(m.n, steps=1, generator=generator(m.seed)).mean().item()}
+            return {"n": m.n, "parts": [n for n, _ in m.parts()],
+                    "mean": model.sample(m.n, steps=1, generator=generator(m.seed)).mean().item()}
         return answer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "SHAPES_SIZES", {"train": 60, "test": 40})
-        patch.setattr(runs, "_LAST", {}, raising=False)
         for name in ("first", "second"):
             patch.setitem(runs.STUDIES, name, study(name))
         patch.delenv("HYBRIDVAE_INCEPTION", raising=False)
@@ -66,7 +79,8 @@ def whole(tmp_path_factory):
     return folder, run(HYBRID, folder)
 
 
-TIMES = ("commit", "dirty", "device", "versions", "train_seconds", "train_cpu_seconds", "train_images_per_second", "peak_memory_bytes",
+TIMES = ("commit", "dirty", "device", "versions", "train_seconds", "train_cpu_seconds", "train_images_per_second",
+         "peak_memory_bytes",
          "seconds_per_image", "parts")
 
 
@@ -86,11 +100,17 @@ def test_a_record_has_every_key_and_what_was_asked_for(whole):
     assert record["config"] == HYBRID.config and record["config_hash"] == config_hash(HYBRID.config)
     assert (record["kimg"], record["seed"], record["subset"]) == (0.048, 0, None)
     for found, asked in zip(record["evaluations"], HYBRID.evaluations, strict=True):
-        assert asked.items() <= found.items() and {"commit", "dirty", "device", "seconds_per_image", "batch"} <= set(found)
-        assert {"FD (shapes)", "FD (shapes) to training set", "KID (shapes)", "class score (shapes)"} <= set(found["metrics"])
+        assert asked.items() <= found.items() and {"commit", "dirty", "device", "seconds_per_image",
+                                                   "batch"} <= set(found)
+        assert {"FD (shapes)", "FD (shapes) to training set", "KID (shapes)",
+                "class score (shapes)"} <= set(found["metrics"])
         digest = weights_hash(load_features("shapes"))
         assert all(m["hash"] == digest for m in found["metrics"].values() if m["feature_network"] == "shapes")
-    assert record["first"]["n"] == 8 and record["first"]["parts"] == [8] and set(record["second"]) == {"n", "parts", "mean"}
+    assert (
+        record["first"]["n"] == 8
+        and record["first"]["parts"] == [8]
+        and set(record["second"]) == {"n", "parts", "mean"}
+    )
     assert record["flops_per_image"] > 0
     assert record["parameters"] == sum(p.numel() for p in build_model(HYBRID.model).unet.parameters())
     assert HYBRID.missing(record) == []
@@ -167,7 +187,8 @@ def test_what_is_recorded_is_not_run_again_and_another_config_is_refused(whole, 
 def test_missing_names_what_a_record_lacks(whole):
     _, record = whole
     assert HYBRID.missing(None) == ["training"]
-    for change in (dict(model={**HYBRID.model, "form": 1}), dict(subset=30), dict(depends_on={}), dict(train={"kimg": 1})):
+    for change in (dict(model={**HYBRID.model, "form": 1}), dict(subset=30), dict(depends_on={}),
+                   dict(train={"kimg": 1})):
         assert dataclasses.replace(HYBRID, **change).missing(record) == ["training"], change
     more = dataclasses.replace(HYBRID, studies=("first", "third"), evaluations=(
         *HYBRID.evaluations, {"sampler": "ddim", "steps": 1, "n": 12},
@@ -180,13 +201,16 @@ def test_missing_names_what_a_record_lacks(whole):
 def test_a_study_with_another_number_of_images_or_steps_is_missing_and_done_again(whole, tmp_path):
     folder, record = whole
     assert record["studied"] == {"first": {"n": 8, "steps": 20}, "second": {"n": 8, "steps": 20}}
-    assert dataclasses.replace(HYBRID, n_study=9).missing(record) == ["first, n = 9, 20 steps", "second, n = 9, 20 steps"]
+    assert dataclasses.replace(HYBRID, n_study=9).missing(record) == ["first, n = 9, 20 steps",
+                                                                      "second, n = 9, 20 steps"]
     fewer = dataclasses.replace(HYBRID, steps_study=3, studies=("first",))
     assert fewer.missing(record) == ["first, n = 8, 3 steps"]
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     CALLS.clear()
     again = run(dataclasses.replace(HYBRID, n_study=9), tmp_path)
-    assert CALLS == ["first", "second"] and again["first"]["n"] == 9 and again["studied"]["first"] == {"n": 9, "steps": 20}
+    assert (
+        CALLS == ["first", "second"] and again["first"]["n"] == 9 and again["studied"]["first"] == {"n": 9, "steps": 20}
+    )
     assert again["evaluations"] == record["evaluations"]
 
 
@@ -194,10 +218,11 @@ def test_what_older_records_were_studied_with_agrees_with_their_answers():
     "They say n only in the answers, which some studies make with several times as many images."
     times, seen = {"adaptive": 4, "noise": 4, "truncation": 4, "priors": 2}, set()
     load_stages()
-    for record in runs.load_records(runs.results_folder()):
-        for name in runs.STUDIES:
-            if name in record and "n" in record[name] and name != "uncertainty":
-                assert record[name]["n"] == times.get(name, 1) * runs.studied_with(record, name)["n"], (record["experiment"], name)
+    for record in load_records(records.results_folder()):
+        for name in set(runs.STUDIES) - {"uncertainty", *record.get("studied", {})}:
+            if name in record and "n" in record[name]:
+                n = times.get(name, 1) * studied_with(record, name)["n"]
+                assert record[name]["n"] == n, (record["experiment"], name)
                 seen.add(name)
     assert {"ceiling", "code_fit", "path_length", "prior_gap", "robustness", *times} <= seen
 
@@ -209,8 +234,9 @@ def test_40_and_40_0_are_one_number(whole):
 
 
 def test_an_evaluation_with_an_option_that_no_model_knows_is_refused():
-    for evaluation, words in (({"sampler": None, "steps": 1, "n": 5, "temperature": 0.5}, "unknown option 'temperature'"),
-                              ({"sampler": None, "n": 5}, "does not say 'steps'")):
+    for evaluation, words in (({"sampler": None, "steps": 1, "n": 5, "temperature": 0.5},
+                               "unknown option 'temperature'"),
+                              ({"sampler": None, "n": 5}, "does not name 'steps'")):
         with complains("an evaluation of vae", words):
             dataclasses.replace(COARSE, evaluations=(evaluation,))
 
@@ -218,8 +244,9 @@ def test_an_evaluation_with_an_option_that_no_model_knows_is_refused():
 def test_every_option_of_an_evaluation_is_an_argument_of_some_model():
     known = {name for module in ("diffusion", "diffusevae", "adaptive", "latent")
              for part in vars(importlib.import_module(f"hybridvae.{module}")).values() if inspect.isclass(part)
-             for method in vars(part).values() if inspect.isfunction(method) for name in inspect.signature(method).parameters}
-    assert set(runs.OPTIONS) <= known
+             for method in vars(part).values() if inspect.isfunction(method)
+             for name in inspect.signature(method).parameters}
+    assert set(OPTIONS) <= known
 
 
 def test_entries_have_a_hash():
@@ -277,13 +304,15 @@ def test_a_run_stopped_at_every_moment_in_turn_ends_as_if_it_had_not_been(whole,
     for looks in (0, 1, 2, 3, 2, 1, 1, 1, 1):  # a batch that is drawn is not drawn again
         assert run(HYBRID, tmp_path, minutes=looks) is None
         assert not list(tmp_path.glob("*/*/seed*.json"))  # no record of an unfinished run
-        trained, begun = (len(list(tmp_path.glob(f"shapes/*/seed0/{name}"))) for name in ("trained.json", "checkpoint-*"))
+        trained, begun = (len(list(tmp_path.glob(f"shapes/*/seed0/{name}")))
+                          for name in ("trained.json", "checkpoint-*"))
         path = HYBRID.folder(tmp_path) / "measured.json"
         known = json.loads(path.read_text()) if path.exists() else {"evaluations": []}
         stops.append((trained, begun, len(known["evaluations"]), "first" in known))
     assert stops == [
         (0, 0, 0, False), (0, 0, 0, False), (0, 1, 0, False), (1, 2, 0, False),  # before and within either training
-        (2, 2, 0, False), (2, 2, 0, False), (2, 2, 1, False), (2, 2, 2, False),  # before, within and between evaluations
+        (2, 2, 0, False), (2, 2, 0, False), (2, 2, 1, False),
+                     (2, 2, 2, False),  # before, within and between evaluations
         (2, 2, 2, True)]  # and between the studies
     assert results(run(HYBRID, tmp_path, minutes=1)) == results(record)
     assert len(measured) == 2 and CALLS == ["first", "second"]  # nothing was measured twice
@@ -335,7 +364,9 @@ def test_a_dependency_without_weights_is_trained_again_and_named_by_the_weights_
     other = {**first, "weights_hash": "of another machine"}  # whose arithmetic differs in the last digit
     write_record(tmp_path, other)
     found = run(HYBRID, tmp_path)
-    assert found["depends_on"] == record["depends_on"] == {"vae": weights_hash(load_model(folder / "model.safetensors"))}
+    assert (
+        found["depends_on"] == record["depends_on"] == {"vae": weights_hash(load_model(folder / "model.safetensors"))}
+    )
     assert recorded(COARSE, tmp_path) == other  # a record says what was measured, and is left alone
 
 
@@ -411,7 +442,8 @@ def test_a_feature_network_of_another_config_or_name_is_trained(tmp_path):
 
 
 def test_a_shipped_encoder_without_its_projection_head_is_the_one_of_the_entry(tmp_path, monkeypatch):
-    model = {"model": "FaceEncoder", "name": "faces", "image_size": 32, "channels": [8, 8], "blocks": 1, "projection": 16}
+    model = {"model": "FaceEncoder", "name": "faces", "image_size": 32, "channels": [8, 8], "blocks": 1,
+             "projection": 16}
     monkeypatch.setenv("HYBRIDVAE_WEIGHTS", str(tmp_path / "weights"))
     slim = FaceEncoder.from_config(model).slim()
     save_model(slim, tmp_path / "weights" / "faces-features.safetensors", torch.float16)
@@ -443,7 +475,8 @@ def test_inception_adds_its_metrics_beside_the_packages_own(tmp_path, monkeypatc
     monkeypatch.setenv("HYBRIDVAE_INCEPTION", "somewhere.pth")
     monkeypatch.setattr(runs, "load_inception", lambda device: InceptionStub().to(device))
     metrics = run(COARSE, tmp_path)["evaluations"][0]["metrics"]
-    assert {"FID", "FID to held-out", "IS", "KID", "FD (shapes)", "FD (shapes) to training set", "KID (shapes)"} <= set(metrics)
+    assert {"FID", "FID to held-out", "IS", "KID", "FD (shapes)", "FD (shapes) to training set",
+            "KID (shapes)"} <= set(metrics)
     assert {metrics[k]["feature_network"] for k in ("FID", "IS", "KID")} == {"inception"}
     assert metrics["FID"]["hash"] == weights_hash(InceptionStub()) != metrics["FD (shapes)"]["hash"]
     assert "training set" in metrics["FID"]["reference"] and "held-out" in metrics["FD (shapes)"]["reference"]
@@ -483,7 +516,8 @@ class Camera(Model):
 @pytest.fixture(scope="module")
 def eye():
     network = load_features("shapes")
-    return network, {"held-out": describe(network, torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=generator()))}
+    return network, {"held-out": describe(network, torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8,
+                                                                 generator=generator()))}
 
 
 def look(model, eye, evaluation, **options):
@@ -494,7 +528,8 @@ def test_samples_come_in_whole_batches_and_their_surplus_is_not_measured(eye, mo
     model, checks, seen = Camera(), [], []
     add = runs.ImageStatistics.add
     monkeypatch.setattr(runs.ImageStatistics, "add", lambda self, images: seen.append(len(images)) or add(self, images))
-    found = look(model, eye, {"sampler": "ddim", "steps": 3, "n": 25, "eta": 0.5}, batch=10, check=lambda: checks.append(1))
+    found = look(model, eye, {"sampler": "ddim", "steps": 3, "n": 25, "eta": 0.5}, batch=10,
+                 check=lambda: checks.append(1))
     assert model.asked == [(10, {"sampler": "ddim", "steps": 3, "eta": 0.5})] * 3 and len(checks) == 3
     assert seen == [10, 10, 5] and (found["n"], found["nfe"], found["batch"]) == (25, 3, 10)
 
@@ -507,7 +542,8 @@ def test_an_evaluation_follows_its_seed(eye):
 def test_options_reach_the_model_and_the_prior_is_fitted(monkeypatch, tmp_path):
     asked = []
     plain = VAE.sample
-    monkeypatch.setattr(VAE, "sample", lambda self, n, **options: asked.append(options.get("prior")) or plain(self, n, **options))
+    monkeypatch.setattr(VAE, "sample", lambda self, n, **options: asked.append(options.get("prior"))
+                        or plain(self, n, **options))
     run(COARSE, tmp_path)
     fitted = [type(prior).__name__ for prior in asked]
     assert fitted[:4] == ["NoneType", "NoneType", "GaussianMixture", "GaussianMixture"]  # 20 images, 12 at a time
@@ -542,7 +578,9 @@ def test_nfe_counts_the_networks_evaluations(eye, weight):
 def test_a_model_says_what_its_samples_cost(kind):
     "Guided steps evaluate the network twice, but for weights 0 and 1; other options change nothing."
     model = build_model({"model": "DDPM", "unet": TINY_UNET} if kind == "DDPM" else HYBRID.model)
-    assert [model.nfe(7, w) for w in (0, 0.0, 1, 1.0)] == [7] * 4 and [model.nfe(7, w) for w in (0.5, -1.0, 2, 4.0)] == [14] * 4
+    assert [model.nfe(7, w) for w in (0, 0.0, 1, 1.0)] == [7] * 4 and [
+        model.nfe(7, w) for w in (0.5, -1.0, 2, 4.0)
+    ] == [14] * 4
     assert model.nfe(steps=7) == model.nfe(steps=7, sampler="ddim", eta=0.5, prior="ex-pde") == 7
     assert model.nfe(sampler="dpmpp", steps=3, guidance_weight=1.5) == 6
 
@@ -556,7 +594,8 @@ class Costly(Camera):
 
 def test_an_evaluation_counts_as_the_model_does(eye):
     assert look(Costly(), eye, {"sampler": "ddim", "steps": 3, "n": 8}, batch=8)["nfe"] == 300
-    assert look(Costly(), eye, {"sampler": "ddim", "steps": 3, "n": 8}, options={"sampler": "ddim", "steps": 3, "extra": 5}, batch=8)["nfe"] == 305
+    assert look(Costly(), eye, {"sampler": "ddim", "steps": 3, "n": 8},
+                options={"sampler": "ddim", "steps": 3, "extra": 5}, batch=8)["nfe"] == 305
 
 
 # --- what a model measures before it is trained ---------------------------------------------------------------------
@@ -588,7 +627,9 @@ def test_a_model_measures_its_training_images_once_before_training(monkeypatch, 
     images = data.load_data("shapes", "train")
     model = Measured()
     training.train(model, images, training.TrainConfig(**TRAIN), tmp_path, cpu=True, progress=False)
-    assert len(Measured.calls) == 1 and Measured.calls[0][0] is images and Measured.calls[0][2] == 1  # before the first step
+    assert (
+        len(Measured.calls) == 1 and Measured.calls[0][0] is images and Measured.calls[0][2] == 1
+    )  # before the first step
     torch.testing.assert_close(model.mean, images.float().mean(dim=0))
     assert model.shift.item() != 1
 
@@ -611,13 +652,15 @@ def test_what_was_measured_before_training_is_in_the_checkpoint_and_is_not_measu
     assert len(Measured.calls) == 1
 
 
-def test_an_entry_that_is_stopped_after_every_step_is_prepared_once_and_ends_with_the_same_weights(monkeypatch, tmp_path):
+def test_an_entry_that_is_stopped_after_every_step_is_prepared_once_and_ends_with_the_same_weights(
+    monkeypatch, tmp_path
+):
     ends, stops = {}, []
     for name, minutes in (("whole", None), ("parts", 1e-9)):  # too short for a second step
         monkeypatch.setattr(Measured, "calls", [])
         while name not in ends:
             job = runs._Job([MEASURED], tmp_path / name, runs.Clock(60), cpu=True, progress=False)
-            monkeypatch.setattr(job.clock, "left", lambda: minutes)
+            monkeypatch.setattr(job.clock, "left", lambda minutes=minutes: minutes)
             try:
                 ends[name] = weights_hash(job.train(MEASURED)[0])
             except runs.TimeUp:
@@ -631,8 +674,10 @@ def test_an_entry_that_is_stopped_after_every_step_is_prepared_once_and_ends_wit
 @pytest.mark.parametrize("steps", [None, 3])
 def test_a_study_is_told_its_images_batch_and_steps_by_the_entry(tmp_path, monkeypatch, steps):
     told = []
-    monkeypatch.setitem(runs.STUDIES, "steps", lambda model, m: told.append((m.n, m.batch, m.seed, m.steps)) or {"n": m.n})
-    run(dataclasses.replace(COARSE, evaluations=(), studies=("steps",), n_study=9, **({"steps_study": steps} if steps else {})), tmp_path)
+    monkeypatch.setitem(runs.STUDIES, "steps", lambda model, m: told.append((m.n, m.batch, m.seed, m.steps))
+                        or {"n": m.n})
+    run(dataclasses.replace(COARSE, evaluations=(), studies=("steps",), n_study=9,
+                            **({"steps_study": steps} if steps else {})), tmp_path)
     assert told == [(9, 12, 0, steps or 20)]
 
 
@@ -657,7 +702,8 @@ def test_an_evaluation_is_found_by_exactly_its_options():
     main, few = record["evaluations"]
     assert evaluation_of(record, sampler="dpmpp", steps=20, n=100) is main
     assert evaluation_of(record, sampler="dpmpp", steps=20, n=50, prior="ex-pde") is few
-    for asked in (dict(sampler="ddim", steps=20, n=100), dict(sampler="dpmpp", steps=20, n=50), dict(sampler="dpmpp", steps=20)):
+    for asked in (dict(sampler="ddim", steps=20, n=100), dict(sampler="dpmpp", steps=20, n=50),
+                  dict(sampler="dpmpp", steps=20)):
         assert evaluation_of(record, **asked) is None
 
 
@@ -665,7 +711,8 @@ def test_values_come_by_seed_of_the_main_evaluation_or_of_the_one_asked_for():
     records = [a_record(seed=2, value=3.0), a_record(seed=0, value=1.0), a_record(seed=1, value=2.0), a_record("b"),
                a_record("c", model="VAE")]
     assert list(values_of(records, "a").items()) == [(0, 1.0), (1, 2.0), (2, 3.0)]
-    assert values_of(records, "a", "FD (shapes)", n=100) == values_of(records, "a", n=50, prior="ex-pde") == values_of(records, "a")
+    assert values_of(records, "a", "FD (shapes)",
+                     n=100) == values_of(records, "a", n=50, prior="ex-pde") == values_of(records, "a")
     assert values_of(records, "a", "FD (shapes) to training set") == {0: 9.0, 1: 9.0, 2: 9.0}
     assert values_of(records, "c", "nfe") == {0: 20}
     assert values_of(records, "a", "FID") == values_of(records, "d") == values_of(records, "a", n=50) == {}
@@ -674,7 +721,7 @@ def test_values_come_by_seed_of_the_main_evaluation_or_of_the_one_asked_for():
 
 def test_the_answers_of_a_study_come_by_seed():
     records = [a_record(seed=1) | {"noise": {"n": 3}}, a_record(seed=0), a_record("b") | {"noise": {"n": 4}}]
-    assert runs.answers_of(records, "a", "noise") == {1: {"n": 3}}
+    assert answers_of(records, "a", "noise") == {1: {"n": 3}}
 
 
 def test_a_record_without_todays_metrics_is_outdated():
@@ -682,15 +729,17 @@ def test_a_record_without_todays_metrics_is_outdated():
     for evaluation in today["evaluations"]:
         evaluation["metrics"] = evaluation["metrics"] | {"texture distance": {}, "high-frequency power": {}}
     assert not outdated(today) and outdated(a_record()) and not outdated({"evaluations": [{"metrics": {}}]})
-    assert outdated({"evaluations": [], "floors": {"n": 2_000}}) and not outdated({"evaluations": [], "floors": {"2000": {}}})
+    assert outdated({"evaluations": [], "floors": {"n": 2_000}}) and not outdated(
+        {"evaluations": [], "floors": {"2000": {}}}
+    )
 
 
 def test_the_floor_is_that_of_the_same_n(monkeypatch):
     real = {"train to held-out": {"FD (shapes)": 0.5, "texture distance": 0.25}}
     record = {"dataset": "shapes", "experiment": "features", "seed": 0, "floors": {"100": real}, "evaluations": []}
-    monkeypatch.setattr(runs, "all_records", lambda dataset: [record] if dataset == "shapes" else [])
-    assert runs.floor_of("shapes", 100) == real["train to held-out"]
-    assert runs.floor_of("shapes", 200) is None is runs.floor_of("cifar10", 100)
+    monkeypatch.setattr(records, "all_records", lambda dataset: [record] if dataset == "shapes" else [])
+    assert floor_of("shapes", 100) == real["train to held-out"]
+    assert floor_of("shapes", 200) is None is floor_of("cifar10", 100)
     table = results_table([a_record()])
     assert table.loc["floor: real images", "FD (shapes)"] == "0.50" and "texture distance" not in table
     other = a_record("b")
@@ -700,39 +749,49 @@ def test_the_floor_is_that_of_the_same_n(monkeypatch):
 
 
 def test_one_seed_is_shown_with_the_deviation_over_its_images(monkeypatch):
-    monkeypatch.setattr(runs, "all_records", lambda dataset: [])
+    monkeypatch.setattr(records, "all_records", lambda dataset: [])
     one = a_record(value=2.0)
-    one["evaluations"][0]["metrics"] = {"FD (shapes)": one["evaluations"][0]["metrics"]["FD (shapes)"] | {"deviation": 0.126}}
+    one["evaluations"][0]["metrics"] = {
+        "FD (shapes)": one["evaluations"][0]["metrics"]["FD (shapes)"] | {"deviation": 0.126}
+    }
     assert results_table([one]).loc["a", "FD (shapes)"] == "2.00 (± 0.13)"
 
 
 def test_a_table_has_one_row_for_each_experiment_and_refuses_two_kinds_of_eyes(monkeypatch):
     times = [{"experiment": "b", "evaluation": {"sampler": "dpmpp", "steps": 20}, "seconds_per_image": 0.25}]
-    monkeypatch.setattr(runs, "sampling_times", lambda dataset: times if dataset == "shapes" else [])
-    records = [a_record(seed=s, value=v) for s, v in enumerate((1.0, 2.0, 6.0))] + [a_record("b", value=4.0)]
-    table = results_table(records)
+    monkeypatch.setattr(records, "sampling_times", lambda dataset: times if dataset == "shapes" else [])
+    several = [a_record(seed=s, value=v) for s, v in enumerate((1.0, 2.0, 6.0))] + [a_record("b", value=4.0)]
+    table = results_table(several)
     assert list(table.index) == ["a", "b"] and list(table["seeds"]) == [3, 1]
-    assert table.loc["a", "FD (shapes)"] == f"3.00 ± {np.std([1, 2, 6], ddof=1):.2f}" and table.loc["b", "FD (shapes)"] == "4.00"
+    assert (
+        table.loc["a", "FD (shapes)"] == f"3.00 ± {np.std([1, 2, 6], ddof=1):.2f}"
+        and table.loc["b", "FD (shapes)"] == "4.00"
+    )
     assert "FD (shapes) to training set" not in table and list(table["ms per image"]) == ["", "250.00"]
     with complains("records of a", "different feature networks"):
         results_table([a_record(), a_record(seed=1, digest="y")])
 
 
 def test_means_and_spreads_of_lists_and_of_values_by_seed():
-    assert mean_and_spread([1234.5]) == "1,234.50" and mean_and_spread([1.0, 3.0], 1) == f"2.0 ± {np.std([1, 3], ddof=1):.1f}"
+    assert (
+        mean_and_spread([1234.5]) == "1,234.50"
+        and mean_and_spread([1.0, 3.0], 1) == f"2.0 ± {np.std([1, 3], ddof=1):.1f}"
+    )
     assert mean_and_spread({4: 1.0, 7: 3.0}) == mean_and_spread([1.0, 3.0])
 
 
 def test_a_failed_training_leaves_no_record(tmp_path, monkeypatch):
     terms = VAE.terms_of
-    monkeypatch.setattr(VAE, "terms_of", lambda self, *args: {k: v * float("nan") for k, v in terms(self, *args).items()})
+    monkeypatch.setattr(
+        VAE, "terms_of", lambda self, *args: {k: v * float("nan") for k, v in terms(self, *args).items()}
+    )
     with pytest.raises(HybridVAEError, match="not finite"):
         run(COARSE, tmp_path)
     assert not list(tmp_path.glob("*/*/seed*.json"))
 
 
 def test_an_evaluation_that_was_killed_goes_on_with_the_images_it_has(whole, tmp_path, monkeypatch):
-    "Killed in its second batch: the first is not drawn again, the record is the same, and the images are gone afterwards."
+    "Killed in its second batch: the first is not drawn again, the record is the same, and the images are removed."
     folder, record = whole
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     for name in ("seed0.json", "seed0/measured.json"):

@@ -101,7 +101,8 @@ def shared_run(folder):
 def limited_run(folder):
     "Two processes, and the clock of the second reaches the limit in minutes while it does the fourth step."
     rank, steps, now = int(os.environ["RANK"]), [], time.monotonic
-    training.time = SimpleNamespace(process_time=time.process_time, monotonic=lambda: now() + (1e6 if rank and len(steps) > 3 else 0))
+    training.time = SimpleNamespace(process_time=time.process_time,
+                                    monotonic=lambda: now() + (1e6 if rank and len(steps) > 3 else 0))
     result = quietly(before_each_loss(small_vae(), steps.append), folder, settings(steps=12), minutes=60)
     Path(f"{folder}-{rank}.json").write_text(json.dumps([result.finished, result.step]))
 
@@ -141,7 +142,7 @@ def test_a_ddpm_learns_more_of_sixteen_images_than_any_guess_pixel_by_pixel(tmp_
     unet = dict(image_size=16, width=16, multipliers=(1, 2), attention=(), patch=2)
     ddpm = DDPM(unet=unet, diffusion=dict(weighting="v"))
     abar, variance = torch.tensor(ddpm.diffusion.alphas_cumprod)[:, None], x.var(dim=0, correction=0).flatten()
-    # the best prediction that knows each pixel's mean and variance: weight 1/(1-ᾱ) times what it leaves of the variance
+    # the best prediction from each pixel's mean and variance: weight 1/(1-ᾱ) times what it leaves of the variance
     guess = (variance / (abar * variance + 1 - abar)).mean()
     quietly(ddpm, tmp_path, settings(steps=300, batch_size=16, lr=8e-3), images)
     assert heldout_losses(ddpm, images, precision="fp32")["loss"] < 0.75 * guess
@@ -512,12 +513,18 @@ def test_a_step_for_measuring_trains_what_is_trained_next_to_nothing_and_sets_th
     step()
     step()
     moved = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters() if p is not frozen}
-    assert 0 < max(moved.values()) < 4e-6 and torch.equal(frozen, before[next(iter(before))])  # two steps of at most 1e-6 each
+    assert 0 < max(moved.values()) < 4e-6 and torch.equal(
+        frozen, before[next(iter(before))]
+    )  # two steps of at most 1e-6 each
     assert all(p.grad is None for p in model.parameters()) and model.training
 
 
 def test_a_step_for_measuring_is_that_of_adamw_on_the_models_loss():
-    ours, other, x = small_ddpm(dropout=0.0), small_ddpm(dropout=0.0), torch.rand(4, 3, 16, 16, generator=generator()) * 2 - 1
+    ours, other, x = (
+        small_ddpm(dropout=0.0),
+        small_ddpm(dropout=0.0),
+        torch.rand(4, 3, 16, 16, generator=generator()) * 2 - 1,
+    )
     step = training_step(ours, x, settings(weight_decay=0.5))
     step()
     other.train().to(memory_format=torch.channels_last)

@@ -68,7 +68,7 @@ def test_shipped_weights_open_by_name_and_records_are_found(installed):
     program = """if True:
         import hybridvae
         from hybridvae.core import load_records, provenance
-        from hybridvae.runs import results_folder
+        from hybridvae.records import results_folder
         print(hybridvae.__file__)
         print(type(hybridvae.load("shapes-vae")).__name__, len(load_records(results_folder())) > 20)
         print(provenance()["commit"], provenance()["dirty"])
