@@ -21,6 +21,7 @@ MODEL_MODULES = {  # model class: the module that defines it
     "VAE": "vae",
     "DDPM": "unet",
     "DiffuseVAE": "diffusevae",
+    "DiffusersVAE": "diffusevae",
     "JointDiffuseVAE": "joint",
     "AdaptiveDiffuseVAE": "adaptive",
     "LatentDiffusion": "latent",

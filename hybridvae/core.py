@@ -154,7 +154,7 @@ class Recorded(nn.Module):
     "What training and run records ask of a model, each with an answer that fits most: a base class of `Model`."
 
     sample: Callable[..., torch.Tensor]  # of generators only
-    image_shape: tuple[int, ...]  # (C, H, W); of generators only
+    image_shape: tuple[int, int, int]  # (C, H, W); of generators only
 
     def nfe(self, steps: int, guidance_weight: float = 1.0, **options) -> int:
         "Evaluations of the network for an image; options as in `sample`. A guided step takes two (weight 0 or 1: one)."
@@ -186,8 +186,6 @@ class Model(Recorded):
     """
 
     config: dict
-    image_shape: tuple[int, ...]  # (C, H, W), of a generator
-    sample: Callable[..., torch.Tensor]  # of a generator
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -190,7 +190,8 @@ def code_use(mu: torch.Tensor, logvar: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     kl = kl_per_dimension(mu, logvar).mean(dim=0).detach()
     quantiles = kl.quantile(torch.linspace(0, 1, 5, device=kl.device))
-    return {"active_units": active_units(mu.detach()).float(), **{f"kl_q{q}": v for q, v in zip((0, 25, 50, 75, 100), quantiles)}}
+    active = active_units(mu.detach()).float()
+    return {"active_units": active, **{f"kl_q{q}": v for q, v in zip((0, 25, 50, 75, 100), quantiles)}}
 
 # %% ../nbs/02_joint_training.ipynb #e2a1000a
 #| code-fold: true

@@ -19,7 +19,6 @@ WORDS = {
     r"\bplans?\b": "coarse image (or reconstruction) x̂",
     r"\b(?:mis|dis)?trust(?:s|ed|ing)?\b": "conditioning strength",
     r"\bdoubt(?:s|ed|ing|ful)?\b": "conditioning strength, or uncertainty",
-    r"\beyes\b": "feature network",
 }
 RECORD_KEYS = r"""(["'])(?:trusted|doubted)\1"""  # in committed records, which stay as they are
 
@@ -131,7 +130,6 @@ FAULTS = [
     (words, LESSON, md("x̂ is trusted"), "conditioning strength"),
     (words, LESSON, code("distrust = 1"), "conditioning strength"),
     (words, LESSON, code("# in doubt"), "uncertainty"),
-    (words, LESSON, md("its eyes"), "feature network"),
 ]
 
 
