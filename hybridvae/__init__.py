@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_MODULES', 'PUBLIC_NAMES', 'VAE', 'DDPM', 'DiffuseVAE', 'JointDiffuseVAE', 'AdaptiveDiffuseVAE',
-           'LatentDiffusion', 'LatentDiffuseVAE', 'FeatureNetwork', 'Classifier', 'FaceEncoder', 'GaussianDiffusion',
-           'UNet', 'load', 'load_model', 'save_model', 'image_draws', 'show_images', 'HybridVAEError', 'load_data',
-           'load_features', 'train', 'TrainConfig']
+           'LatentDiffusion', 'LatentDiffuseVAE', 'DiffusersVAE', 'FeatureNetwork', 'Classifier', 'FaceEncoder',
+           'GaussianDiffusion', 'UNet', 'load', 'load_model', 'save_model', 'image_draws', 'show_images',
+           'HybridVAEError', 'load_data', 'load_features', 'train', 'TrainConfig']
 
 # %% ../nbs/93_package.ipynb #cell-003
 #| code-fold: true
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from hybridvae.adaptive import AdaptiveDiffuseVAE
     from hybridvae.core import HybridVAEError, image_draws, load, load_model, save_model, show_images
     from hybridvae.data import load_data
-    from hybridvae.diffusevae import DiffuseVAE
+    from hybridvae.diffusevae import DiffusersVAE, DiffuseVAE
     from hybridvae.diffusion import GaussianDiffusion
     from hybridvae.features import Classifier, FaceEncoder, FeatureNetwork, load_features
     from hybridvae.joint import JointDiffuseVAE
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
 # %% ../nbs/93_package.ipynb #cell-009
 _all_ = [  # nbdev adds them to `__all__`
     "VAE", "DDPM", "DiffuseVAE", "JointDiffuseVAE", "AdaptiveDiffuseVAE", "LatentDiffusion", "LatentDiffuseVAE",
-    "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model", "save_model",
-    "image_draws", "show_images", "HybridVAEError", "load_data", "load_features", "train", "TrainConfig",
+    "DiffusersVAE", "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model",
+    "save_model", "image_draws", "show_images", "HybridVAEError", "load_data", "load_features", "train", "TrainConfig",
 ]
 
 # %% ../nbs/93_package.ipynb #cell-010
