@@ -20,7 +20,7 @@ from .data import Batches, ImageData, load_data
 from .experiments import PRESETS
 from .generators import computing_on, load_generator
 from .runs import Clock
-from .training import TrainConfig, TrainResult, autocast, eager, train
+from .training import TrainConfig, TrainResult, autocast, check_same_run, eager, train
 from .vae import VAE
 
 # %% ../nbs/90c_custom.ipynb #3f60f967
@@ -70,14 +70,13 @@ def _known(note: Path, identity: dict) -> dict:
     """
     try:
         known = json.loads(note.read_text())
-        same = {key: known.get(key) for key in identity} == json.loads(json.dumps(identity))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError):
-        same = False
-    if not same:
-        raise HybridVAEError(f"{note.parent} holds another training, with other options or images: choose another "
-                             "folder or remove it.")
+    except (OSError, ValueError):
+        known = None  # damaged
+    images = {key: identity[key] for key in ("dataset", "data", "data_hash")}
+    config = {key: value for key, value in identity.items() if key not in images}
+    check_same_run(note.parent, known if isinstance(known, dict) else {}, config, images)
     return known
 
 # %% ../nbs/90c_custom.ipynb #60aa8dd8

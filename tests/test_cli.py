@@ -829,7 +829,7 @@ def test_a_training_folder_is_not_used_for_another_training(tiny, cache, tmp_pat
     command("train --dataset shapes", *words)
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     for line in ("train --dataset cifar10", "train --dataset shapes --lr 0.5", "train --dataset shapes --seed 1"):
-        assert "another training" in sentence(capsys, monkeypatch, line, *words)
+        assert "holds a run with another config or seed" in sentence(capsys, monkeypatch, line, *words)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 

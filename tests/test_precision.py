@@ -345,7 +345,7 @@ def test_the_command_line_refuses_other_images_under_the_same_name(tmp_path, mon
     assert "the same command continues" in command(*words, "--minutes", 0)
     prepared(tmp_path / "cache", 1)
     answer = CliRunner().invoke(cli.app, list(map(str, words)))
-    assert "other options or images" in str(answer.exception)
+    assert "holds a run on other images" in str(answer.exception)
     prepared(tmp_path / "cache", 0)
     assert "weights:" in command(*words)
 
