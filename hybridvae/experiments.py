@@ -339,7 +339,7 @@ ADAPTIVE_EVALUATIONS = (*_COMPARED, *(e | {"prior": "realnvp"} for e in _COMPARE
 # %% ../nbs/80_experiments.ipynb #ec811fe4
 _FLOW = {"prior": "FlowPrior", "kind": "realnvp"}
 _ADAPT: dict = {"part": "train", "times_kimg": 0.6, "times_lr": 0.5}
-_PLAN_STUDIES = {"truncation": EVERY, "uncertainty": FIRST, "priors": FIRST, "adaptive": FIRST}
+_COARSE_STUDIES = {"truncation": EVERY, "uncertainty": FIRST, "priors": FIRST, "adaptive": FIRST}
 _VARIANT = Row("", on=ONCE, studies={}, evaluate=(_SHORT, _SHORT | STRATEGIES["adaptive strength"]))
 
 ADAPTIVE: tuple[Row, ...] = (
@@ -348,10 +348,10 @@ ADAPTIVE: tuple[Row, ...] = (
     Row("flow-form1", on=THREE, model={"model": "DiffuseVAE", **_PAIR, "vae": {"part": "vae", "prior": _FLOW}},
         train={"part": "train"}, needs={"vae": "flow-vae"}, evaluate=(MAIN,), steps_study=10, shared=_MEASURED),
     Row("adaptive-normal", on=THREE, model={"model": "AdaptiveDiffuseVAE", **_PAIR}, train=_ADAPT,
-        needs=_both("diffusevae-form1"), evaluate=ADAPTIVE_EVALUATIONS, studies=_PLAN_STUDIES | {"noise": FIRST},
+        needs=_both("diffusevae-form1"), evaluate=ADAPTIVE_EVALUATIONS, studies=_COARSE_STUDIES | {"noise": FIRST},
         steps_study=10, shared=_MEASURED),
     Row("adaptive-flow", "adaptive-normal", on=SHAPES, model={"vae": {"prior": _FLOW}}, needs=_both("flow-form1"),
-        evaluate=_COMPARED, studies=_PLAN_STUDIES),
+        evaluate=_COMPARED, studies=_COARSE_STUDIES),
     Row("adaptive-control", "adaptive-normal", on=ONE, model={"model": "DiffuseVAE"}, studies={},
         evaluate=(MAIN, _SHORT, MAIN | {"steps": 3}, MAIN | {"steps": 5})),
     Row("adaptive-film", "adaptive-normal", shared=_VARIANT, model={"film": True}),
