@@ -509,7 +509,8 @@ def likelihood_study(model, m: Material) -> dict:
     """
     if getattr(model, "likelihood_bound", None) is None:
         raise HybridVAEError(f"a {type(model).__name__} has no bound on its likelihood: leave this study out.")
-    vae, n, priors = getattr(model, "vae", model), min(m.n, len(m.test)), {"own": None}
+    vae, n = getattr(model, "vae", model), min(m.n, len(m.test))
+    priors: dict[str, Prior | None] = {"own": None}
     if isinstance(vae, VAE):
         names = ("ex-pde", "realnvp") if vae is model else ("ex-pde",)  # a hybrid's KL is that of its VAE
         priors |= {name: vae.fitted_prior(name, m.train, m.seed) for name in names}
