@@ -37,7 +37,8 @@ class CoarseModel(Protocol):
     """What `DiffuseVAE` needs of a VAE: a `Model` with these, trained elsewhere, can take its place.
 
     `config` holds the arguments of its class, and its name as `model`, so that both can be saved and loaded together.
-    Where it also has `fitted_prior` and `likelihood_bound`, as `VAE` has them, priors fitted to its codes and the likelihood work too.
+    Where it also has `fitted_prior` and `likelihood_bound`, as `VAE` has them, the likelihood works too, and priors
+    fitted to its codes.
     """
 
     config: dict  # JSON-able
