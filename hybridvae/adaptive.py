@@ -25,7 +25,7 @@ from torch import nn
 from .core import Draws, HybridVAEError, Source, derive_seed, image_draws, rand, randn, to_uint8
 from .diffusevae import ROBUSTNESS_LEVELS, DiffuseVAE, condition_agreement
 from .diffusion import GaussianDiffusion
-from .features import FeatureModel
+from .features import is_feature_network
 from .metrics import ImageStatistics, extract, frechet_distance, precision_recall
 from .priors import FITTED, bounded_coupling, check_prior, flow_transform, start_as_identity, two_sample_test
 from .runs import Material, study
@@ -649,7 +649,7 @@ def strategy_answer(model, m: Material, x_hat: torch.Tensor, z: torch.Tensor, cy
     answer = {"precision by quarter": precision_by_quarter(cycle, features, m),
               "refinements apart": refinements_apart(features[:m.n], *others),
               "from x̂": (refined - x_hat.clamp(-1, 1)).square().mean().item()}
-    if isinstance(m.features, FeatureModel) and m.features.factors:
+    if is_feature_network(m.features) and m.features.factors:
         answer["agreement"] = condition_agreement(x_hat, refined, m.features)["both"]
     return answer, features
 

@@ -7,7 +7,8 @@ __all__ = ['BLUR_SIGMA', 'NOISE_STD', 'VIEW_SHARE', 'COLOUR_RANGE', 'GREY_SHARE'
            'FeatureModel', 'gaussian_blur', 'degrade', 'shapes_body', 'factor_targets', 'hue_difference',
            'FeatureNetwork', 'ResidualBlock', 'residual_body', 'Whitening', 'measure_whitening', 'whitened_body',
            'crop', 'cut_out', 'Classifier', 'adjust_colour', 'random_view', 'vicreg', 'retrieval_accuracy',
-           'effective_rank', 'projection_head', 'FaceEncoder', 'feature_path', 'shipped_features', 'load_features']
+           'effective_rank', 'projection_head', 'FaceEncoder', 'is_feature_network', 'feature_path', 'shipped_features',
+           'load_features']
 
 # %% ../nbs/00h_features.ipynb #cell-002
 #| code-fold: true
@@ -15,6 +16,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -467,6 +469,11 @@ FEATURE_WEIGHTS = {"shapes": "shapes-features.safetensors", "cifar": "cifar-feat
 FEATURE_DATASETS = {"shapes": "shapes", "cifar": "cifar10", "faces": "celeba64", "faces-256": "celeba256"}
 
 
+def is_feature_network(model: nn.Module) -> TypeGuard[FeatureModel]:
+    "By what it has, not by its class: that is another one after its definition was run again in a notebook."
+    return hasattr(model, "num_features")
+
+
 def feature_path(name: str) -> Path:
     "The weights file of this feature network, there or not. Raises `HybridVAEError` for an unknown name."
     if name not in FEATURE_WEIGHTS:
@@ -489,7 +496,7 @@ def load_features(name: str = "shapes", device: str | torch.device = "cpu") -> F
         raise HybridVAEError(f"the feature network {name!r} is not shipped: train it (hybridvae run --dataset "
                              f"{FEATURE_DATASETS[name]} --experiment features) and copy its weights to {path}.")
     model = load_model(path, device)
-    if not isinstance(model, FeatureModel):
+    if not is_feature_network(model):
         raise HybridVAEError(f"{path} holds a {type(model).__name__}, which is no feature network: put the network's "
                              "weights there.")
     return model

@@ -24,7 +24,7 @@ from .campaign import load_stages
 from .core import (HybridVAEError, Model, default_device, device_name, image_draws, load_model, provenance,
                             to_float, to_uint8, weights_hash)
 from .data import ImageData, load_data
-from .features import (FEATURE_DATASETS, FEATURE_WEIGHTS, FeatureModel, load_features, shipped_features,
+from .features import (FEATURE_DATASETS, FEATURE_WEIGHTS, is_feature_network, load_features, shipped_features,
                                 weights_folder)
 from .images import image_batches
 from .metrics import ImageStatistics, compare, describe, load_inception, slerp
@@ -268,7 +268,7 @@ def measuring_networks(
     if not Path(features).is_file():
         return [load_features(name, device), *standard]
     network = load_model(features, device)
-    if not isinstance(network, FeatureModel):
+    if not is_feature_network(network):
         raise HybridVAEError(f"{features} holds a {type(network).__name__}, which measures nothing: give the weights "
                              "of a feature network.")
     return [network, *standard]

@@ -25,7 +25,7 @@ from .core import (Draws, Model, Source, atomic_path, build_model, config_hash, 
                             save_grid, save_model, to_uint8, weights_hash, write_json, write_record, HybridVAEError)
 from .data import Batches, ImageData, data_root, load_data
 from .entries import Entry, find_entry, options_of, studied_with
-from .features import FEATURE_WEIGHTS, FeatureModel, load_features, shipped_features
+from .features import FEATURE_WEIGHTS, FeatureModel, is_feature_network, load_features, shipped_features
 from .metrics import (ImageStatistics, compare, describe, distance_floors, distance_scale, load_inception)
 from .records import outdated, read_json, recorded
 from .training import (COMPILE_FROM, TrainConfig, TrainResult, autocast, check_same_run, choose_compile,
@@ -289,7 +289,7 @@ class _Training(_Steps):
         result, folder = self.fit(entry, model), entry.folder(self.runs)
         if not result.finished:
             raise TimeUp
-        half = entry.half or isinstance(model, FeatureModel)  # shipped in half precision: measure what is shipped
+        half = entry.half or is_feature_network(model)  # shipped in half precision: measure what is shipped
         if half:
             _round_to_half(model)
         trained = _trained(entry, result, parents, _images(*_key(entry))[0], model.device)
@@ -442,7 +442,7 @@ def _record(entry: Entry, model: Model, trained: dict, done: _Progress, network:
     example = Batches(data.first(1), 1, entry.seed, device=model.device)(0, draws)
     order = [options_of(e) for e in entry.evaluations]
     place = lambda e: order.index(options_of(e)) if options_of(e) in order else len(order)
-    landmarks = _landmarks(entry, model, data, test) if isinstance(model, FeatureModel) else {}
+    landmarks = _landmarks(entry, model, data, test) if is_feature_network(model) else {}
     return {
         "experiment": entry.experiment, "dataset": entry.dataset, "subset": entry.subset, "seed": entry.seed,
         "data": data.description, "config": entry.config, **trained,
