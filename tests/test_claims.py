@@ -59,16 +59,16 @@ def test_every_sentence_of_the_report_on_a_difference_carries_its_interval():
 
 def test_a_sentence_of_the_report_never_says_lower_or_higher_where_the_interval_holds_zero():
     names, rng, said = {}, np.random.default_rng(0), set()
-    exec(source_of("07_report", "def told(").split("\n\n\n")[0], names)
+    exec(source_of("07_report", "def verdict(").split("\n\n\n")[0], names)
     for shift in np.linspace(-3, 3, 61):
         a, b = (dict(enumerate(offset + rng.normal(size=3))) for offset in (shift, 0))
         names["family"] = paired_family({"x": (a, b), "y": (b, a)})
-        r, text = names["family"]["x"], names["told"]("x")
+        r, text = names["family"]["x"], names["verdict"]("x")
         said.add(text.split(",")[0])
         assert text.startswith(r.verdict) and ("within ±" in text) == (r.verdict == "not told apart")
         assert not (r.low <= 0 <= r.high) or text.startswith("not told apart")
     assert said == {"lower", "higher", "not told apart"}
-    assert names["told"]("of one seed") == "too few seeds to say"
+    assert names["verdict"]("of one seed") == "too few seeds"
 
 
 @LESSONS
@@ -109,7 +109,7 @@ def test_what_lesson_1_reads_off_its_table_stands_in_it():
 def test_a_sentence_on_a_latent_model_does_without_a_time():
     names = {"time_of": lambda *names, **options: None, "values_of": lambda *names: {0: 0.5}, "committed": [],
              "SHARPNESS": "", "LATENT": {"latent": "latent"}, "mean_and_spread": mean_and_spread,
-             "both": lambda name: "too few seeds to say"}
+             "both": lambda name: "too few seeds"}
     exec(source_of("07_report", "def in_words("), names)
     said = names["in_words"]("latent")
     assert "time not measured" in said and "nan" not in said and "0.50" in said

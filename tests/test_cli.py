@@ -828,8 +828,9 @@ def test_a_training_folder_is_not_used_for_another_training(tiny, cache, tmp_pat
     words = "--model vae --cpu --out", tmp_path / "run"
     command("train --dataset shapes", *words)
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    for line in ("train --dataset cifar10", "train --dataset shapes --lr 0.5", "train --dataset shapes --seed 1"):
-        assert "holds a run with another config or seed" in sentence(capsys, monkeypatch, line, *words)
+    for line, says in (("cifar10", "on other images"), ("shapes --lr 0.5", "with another config or seed"),
+                       ("shapes --seed 1", "with another config or seed")):
+        assert f"holds a run {says}" in sentence(capsys, monkeypatch, f"train --dataset {line}", *words)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 

@@ -24,7 +24,7 @@ from hybridvae.priors import StandardNormal
 from hybridvae.entries import Entry
 from hybridvae.runs import STUDIES, Material, run_entry
 from hybridvae.training import TrainConfig, train
-from hybridvae.records import mean_and_spread, sampling_times, values_of
+from hybridvae.records import mean_and_spread, values_of
 
 VECTOR = dict(image_size=16, z_dim=4, width=8, multipliers=(1, 2))
 PLACES = dict(image_size=16, z_channels=2, width=8, multipliers=(1, 2), patch=2)  # 2 x 4 x 4
@@ -402,6 +402,7 @@ def timed(monkeypatch, seconds):
     rows = [{"experiment": name, "evaluation": {"sampler": "dpmpp", "steps": 3} | options(k),
              "seconds_per_image": s} for (name, k), s in seconds.items()]
     monkeypatch.setattr("hybridvae.records.sampling_times", lambda dataset: rows)
+    return rows
 
 
 def test_the_operations_of_a_sample_are_those_of_its_parts():
@@ -464,8 +465,7 @@ def test_a_recorded_texture_distance_is_a_yardstick_too(monkeypatch):
 
 
 def test_fewer_steps_of_the_pixel_model_take_less_time(monkeypatch):
-    timed(monkeypatch, {("latent", None): 0.01, ("ddpm", None): 0.3})
-    rows = sampling_times("shapes")
+    rows = timed(monkeypatch, {("latent", None): 0.01, ("ddpm", None): 0.3})
     rows.append(rows[1] | {"evaluation": {"sampler": "dpmpp", "steps": 1}, "seconds_per_image": 0.05})
     records = records_of(DDPM, DDPM)
     main, few = (gain(records, "latent", "ddpm", steps=steps) for steps in (None, 1))
