@@ -39,9 +39,10 @@ def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
 def active_units(mu: torch.Tensor) -> torch.Tensor:
     """How many numbers of the code have means mu (B, D) whose variance over images is above 0.01: an int64 scalar.
 
-    Burda et al. 2016, section 5.3; the variance is the unbiased one.
+    Burda et al. 2016, section 5.3; the variance is the unbiased one, and 0 for a single image.
     """
-    return (mu.var(dim=0) > 0.01).sum()
+    variance = mu.var(dim=0) if len(mu) > 1 else torch.zeros_like(mu[0])
+    return (variance > 0.01).sum()
 
 # %% ../nbs/00d_vae.ipynb #d083cd3a
 def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:

@@ -283,6 +283,7 @@ def test_stand_in_images_are_of_every_size_and_split_and_gone_afterwards(monkeyp
 
 
 SAME_WORK = ("joint-none", "joint-1", "joint-100", "diffusevae-form2-z")  # as joint-10 and form2, but for a number
+ON_CIFAR10 = ("joint-b8-vae", "joint-b8-two-stage", "flow-form1", "adaptive-control", "diffusevae-form2-noconcat")
 
 
 @pytest.mark.parametrize("data", [*campaign.DATASETS, "celeba64-cpu", "cifar10-full", TRIALS])
@@ -292,6 +293,8 @@ def test_every_experiment_comes_through_a_dry_run_that_is_stopped_once(data, tmp
                or e.seed == 1 and e.experiment in ("vae", "diffusevae-form1")]
     if data.endswith("-cpu"):  # of the later stages one that starts from another: the rest is as without the suffix
         entries = [e for e in entries if e.experiment.startswith(("features", "vae", "ddpm", "diffusevae", "joint-10"))]
+    if data == "celeba64":  # the same at another image size, at which each model is built, trained and sampled below
+        entries = [e for e in entries if e.experiment not in ON_CIFAR10]
     before = dry_run(entries, tmp_path, minutes=0.03)
     assert len(before) < len(entries)  # it was stopped
     after = dry_run(entries, tmp_path)
