@@ -42,7 +42,8 @@ from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count
 from .data import Batches, ImageData, load_data
 from .diffusion import GaussianDiffusion
 from .features import load_features
-from .metrics import Profile, describe, frechet_distance, profile_call, profile_model
+from .metrics import describe, frechet_distance
+from .profiling import Profile, profile_call, profile_model
 from .entries import Entry, options_of
 from .training import (TrainConfig, autocast, choose_precision, compile_networks, compiler_works, eager,
                                 supports_bf16, take_step)

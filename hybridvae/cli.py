@@ -692,7 +692,7 @@ def _profile(entries: list, dataset: str, batch: int | None, sampler: str, steps
     from hybridvae.bench import profile_entry
     from hybridvae.core import HybridVAEError
     from hybridvae.generators import user_errors
-    from hybridvae.metrics import operator_table
+    from hybridvae.profiling import operator_table
 
     if out.exists() and not out.is_dir():
         raise HybridVAEError(f"{out} is a file: give the name of a folder.")
@@ -716,7 +716,7 @@ def _profile(entries: list, dataset: str, batch: int | None, sampler: str, steps
 def _draw_memory(calls: dict[str, dict], dataset: str, target: Path) -> None:
     "Memory over time, one panel for training steps and one for sampling."
     from hybridvae.core import atomic_path
-    from hybridvae.metrics import show_memory
+    from hybridvae.profiling import show_memory
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -10,20 +10,14 @@ __all__ = ['TEXTURE_LEVELS', 'LUMINANCE_CHROMA', 'ROUNDING', 'BOOTSTRAP_FEATURES
            'kernel_distance', 'inception_score', 'confidence', 'precision_recall', 'density_coverage', 'diversity',
            'InceptionNetwork', 'load_inception', 'metric_name', 'measure', 'compare', 'degraded', 'distance_scale',
            'distance_floors', 'Paired', 'paired', 'paired_family', 'paired_table', 'slerp', 'path_length',
-           'linear_readout', 'Profile', 'profile_call', 'profile_model', 'operator_table', 'show_memory']
+           'linear_readout']
 
 # %% ../nbs/00h_metrics.ipynb #cell-002
 #| code-fold: true
-import copy
 import dataclasses
-import gzip
 import hashlib
 import io
-import json
 import os
-import statistics
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException
@@ -34,10 +28,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .core import HybridVAEError, Model, atomic_path, weights_hash
+from .core import HybridVAEError, weights_hash
 from .data import FACTORS, ImageData, draw_shapes
 from .features import gaussian_blur
-from .training import TrainConfig, autocast, training_step
 
 # %% ../nbs/00h_metrics.ipynb #cell-007
 def _power(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -785,146 +778,3 @@ def linear_readout(
 
     x, held_x = (c.detach().flatten(1).double().cpu().numpy() for c in (codes, held_codes))
     return {name: score(name) for name in FACTORS}
-
-# %% ../nbs/00h_metrics.ipynb #cell-057
-@dataclasses.dataclass
-class Profile:
-    "One call of a function under the PyTorch profiler; JSON-able with `dataclasses.asdict`."
-
-    device: str  # "cpu" or "cuda": where the operators were timed and the memory was counted
-    seconds: float  # wall time of a call after the warm-up, without the profiler; median of up to five
-    profiled_seconds: float  # of the profiled call
-    operators: list[dict]  # costliest first: operator, calls, milliseconds without operators that it calls, share
-    timeline: list[tuple[float, int]]  # milliseconds since the start, bytes held more than then; begins with (0, 0)
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        "The most that the call held at once, beside what was there before it; 0 where none was recorded on the device."
-        return max(held for _, held in self.timeline)
-
-# %% ../nbs/00h_metrics.ipynb #d17d7c65
-def profile_call(
-    function: Callable[[], object],  # called to warm up, then up to five times (or a second), then under the profiler
-    device: str | torch.device = "cpu",  # where it works
-    trace: str | Path | None = None,  # file for the Chrome trace, .json.gz: for ui.perfetto.dev or chrome://tracing
-) -> Profile:
-    """Time, costliest operators and memory over time of `function()`.
-
-    On a GPU the times of operators are those of the GPU, and every call includes the wait for its work. Memory is what
-    PyTorch's allocator hands out. Raises `HybridVAEError` where the trace cannot be written.
-    """
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    device = torch.device(device)
-    cuda = device.type == "cuda"
-    if trace is not None and not str(trace).endswith(".json.gz"):
-        raise HybridVAEError(f"the trace {trace} must be compressed JSON: give a name that ends in .json.gz.")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own log would fill the error stream
-
-    def call() -> float:
-        begun = time.perf_counter()
-        function()
-        if cuda:
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begun
-
-    call()
-    times = [call()]
-    while len(times) < 5 and sum(times) < 1:  # a single short call varies much
-        times.append(call())
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with profile(activities=activities, profile_memory=True) as profiler, record_function(_PROFILED):
-        profiled = call()
-    timeline = _memory_timeline(profiler, device, trace)
-    return Profile(device.type, statistics.median(times), profiled, _operators(profiler, cuda), timeline)
-
-# %% ../nbs/00h_metrics.ipynb #9d849d51
-_PROFILED = "the profiled call"  # its mark in the trace
-
-
-def _operators(profiler, cuda: bool) -> list[dict]:
-    """Operators by their own time; on a GPU by that of the kernels that they started.
-
-    Kernels have rows of their own, which are left out, since they would count twice.
-    """
-    cpu = torch.autograd.DeviceType.CPU
-    rows = [e for e in profiler.key_averages() if e.device_type == cpu and not e.is_user_annotation]
-    times = {e.key: ((e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000, e.count) for e in rows}
-    total = sum(spent for spent, _ in times.values()) or 1.0
-    ordered = sorted(((spent, name, calls) for name, (spent, calls) in times.items() if spent > 0), reverse=True)
-    return [{"operator": name, "calls": calls, "milliseconds": spent, "share": spent / total}
-            for spent, name, calls in ordered]
-
-
-def _memory_timeline(profiler, device: torch.device, trace: str | Path | None) -> list[tuple[float, int]]:
-    "Bytes held over time, from the events called [memory] in the exported trace, which is kept if asked for."
-    with tempfile.TemporaryDirectory() as folder:
-        with atomic_path(trace or Path(folder) / "trace.json.gz") as path:
-            profiler.export_chrome_trace(str(path))
-            with gzip.open(path, "rt") as file:
-                events = json.load(file)["traceEvents"]
-    start = min((e["ts"] for e in events if e.get("name") == _PROFILED), default=0.0)
-    kind = {"cpu": 0, "cuda": 1}.get(device.type)  # as the trace numbers them
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events
-               if e.get("name") == "[memory]" and e["args"].get("Device Type") == kind]
-    timeline, held = [(0.0, 0)], 0
-    for at, change in sorted(changes, key=lambda item: item[0]):
-        held += change
-        timeline.append(((at - start) / 1000, held))
-    return timeline
-
-# %% ../nbs/00h_metrics.ipynb #81625fa7
-def profile_model(
-    model: Model,  # a generator, on its device; a copy of it is profiled
-    batch: int,  # images to sample
-    train_batch: int | None,  # images in the training step; None: no training step, for a model made of trained parts
-    sampler: str = "dpmpp",  # a one-shot model ignores both this
-    steps: int = 20,  # and this
-    traces: str | Path | None = None,  # folder for the traces, NAME-training-step.json.gz and NAME-sampling.json.gz
-    name: str | None = None,  # NAME; usually the model's class
-    precision: str = "auto",  # see `TrainConfig`
-) -> dict[str, Profile]:
-    """Profiles of one `training step` and of one `sampling` run, seed 0, on random images.
-
-    The model and all generators stay as they were.
-    """
-    model, device, profiles = copy.deepcopy(model), model.device, {}
-
-
-    def keep(what: str, function: Callable) -> None:
-        file = Path(traces) / f"{name or type(model).__name__}-{what.replace(' ', '-')}.json.gz" if traces else None
-        profiles[what] = profile_call(function, device, file)
-
-    def sample() -> None:
-        with torch.no_grad(), autocast(device, precision):
-            model.sample(batch, sampler=sampler, steps=steps, generator=torch.Generator(device).manual_seed(0))
-
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        if train_batch is not None:
-            x = torch.rand(train_batch, *model.image_shape, device=device) * 2 - 1
-            keep("training step", training_step(model, x, TrainConfig(batch_size=train_batch, precision=precision)))
-        model.eval()
-        keep("sampling", sample)
-    return profiles
-
-# %% ../nbs/00h_metrics.ipynb #e1aee774
-def operator_table(profile: Profile, n: int = 8):
-    "The n costliest operators of a profile as a pandas table: calls, own milliseconds, share of all operators' time."
-    import pandas as pd
-
-    table = pd.DataFrame(profile.operators[:n], columns=["operator", "calls", "milliseconds", "share"])
-    return table.set_index("operator").round({"milliseconds": 2, "share": 3})
-
-
-def show_memory(profiles: dict[str, Profile], ax=None):
-    "Memory of several calls over time, by name, in one figure; returns its axes."
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots(figsize=(6, 2.6))[1]
-    for name, profile in profiles.items():
-        times, mebibytes = [at for at, _ in profile.timeline], [held / 2**20 for _, held in profile.timeline]
-        ax.step(times, mebibytes, where="post", lw=1, label=name)
-    ax.set(xlabel="milliseconds (profiled)", ylabel="MiB held", ylim=(0, None))
-    ax.legend()
-    return ax
