@@ -158,6 +158,7 @@ def test_a_record_is_measured_in_full_precision_and_nothing_of_it_is_compiled(tm
             where[name] = torch.is_autocast_enabled("cpu"), compiling[0]
             return function(self, *args, **options)
         monkeypatch.setattr(cls, name, noted)
+    monkeypatch.delenv("HYBRIDVAE_PRECISION", raising=False)
     monkeypatch.setattr(training, "supports_bf16", lambda device: True)
     monkeypatch.setattr(runs, "eager", eager)
     monkeypatch.setitem(runs.STUDIES, "precision", lambda model, m: [torch.is_autocast_enabled("cpu"), compiling[0]])
