@@ -6,6 +6,7 @@ It needs neither nbdev nor fastcore, nflows only to build a flow, and no torch f
 import ast
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,19 @@ def test_weights_and_configs_of_every_class_open_in_a_fresh_interpreter():
                 "assert [model_class(name).__name__ for name in MODEL_MODULES] == [*MODEL_MODULES]")
     assert run.returncode == 0, run.stderr
     assert {"VAE", "DiffuseVAE", "AdaptiveDiffuseVAE", "LatentDiffusion", "Classifier"} <= {*run.stdout.split()}
+
+
+@pytest.mark.parametrize("path", sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "tests").glob("*.py")]),
+                         ids=lambda p: p.stem)
+def test_what_notebooks_and_tests_import_from_the_package_exists(path):
+    if path.suffix == ".py":
+        parts = [path.read_text()]
+    else:
+        cells = json.loads(path.read_text())["cells"]
+        parts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for tree in map(ast.parse, parts):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hybridvae"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name) or f"{node.module}.{alias.name}" in MODULES, alias.name
