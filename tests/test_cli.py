@@ -29,7 +29,8 @@ from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.features import FeatureNetwork, load_features, weights_folder
 from hybridvae.images import check_target
 from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
-from hybridvae.profiling import Profile, extract, frechet_distance, slerp
+from hybridvae.metrics import extract, frechet_distance, slerp
+from hybridvae.profiling import Profile
 from hybridvae.priors import GaussianMixture, fit_mixture
 from hybridvae.report import read_bibliography, render_report, resolve_references
 from hybridvae.unet import DDPM
