@@ -125,7 +125,7 @@ _LARGE: dict = {
     "mlp": {"width": 512, "blocks": 4}, "mlp_longer": 16,
 }
 _LIGHT: dict = {  # for two cores
-    "places": _PLACES | {"width": 32, "sigma": 0.2, "beta": 0.5},  # the KL's pull is that of _LARGE
+    "places": _PLACES | {"width": 32, "sigma": 0.2, "beta": 0.5},  # the KL acts as in _LARGE
     "denoiser": {"width": 64, "multipliers": [1, 2, 2], "attention": [8]},
     "mlp": {"width": 512, "blocks": 4}, "mlp_longer": 4,
 }

@@ -205,7 +205,7 @@ FAULTS = [
     Fault("codes without their deviation", "vae.py",
           "codes.append(reparameterize(mu, logvar, draws.randn(*mu.shape)).cpu())", "codes.append(mu.cpu())",
           "test_priors.py::test_codes_are_draws_from_the_posterior_of_the_first_images"),
-    Fault("a code with a place made by a linear layer", "vae.py", "if shape.z_channels:\n            layers = [",
+    Fault("a spatial code made by a linear layer", "vae.py", "if shape.z_channels:\n            layers = [",
           "if False:\n            layers = [",
           "test_vae.py::test_one_place_of_a_code_moves_the_pixels_around_it_and_no_others"),
     # bench

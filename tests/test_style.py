@@ -41,7 +41,7 @@ def test_mypy_is_clean():
 
 # --- checks of one notebook: (path, nb) -> list of faults -----------------------------------------------------------
 
-def short_cells(path, nb):
+def bounded_cells(path, nb):
     limit = LESSON_CELL if re.match(r"0[1-7]_", path.name) else CELL
     lengths = [(len(source(cell).splitlines()), source(cell)) for cell in cells(nb, "code")]
     return [f"a cell of {n} lines, more than {limit}, that opens with {text[:60]!r}"
@@ -75,7 +75,7 @@ def words(path, nb):
     return faults
 
 
-CHECKS = [short_cells, short_lines, folded_imports, words]
+CHECKS = [bounded_cells, short_lines, folded_imports, words]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -117,9 +117,9 @@ def test_checks_accept_a_good_notebook(check):
 
 
 FAULTS = [
-    (short_cells, LESSON, code("x = 1\n" * (LESSON_CELL + 1)), "26 lines, more than 25"),
-    (short_cells, LESSON, code("#| export\n" + "x = 1\n" * LESSON_CELL), "26 lines, more than 25"),
-    (short_cells, REFERENCE, code("x = 1\n" * (CELL + 1)), "41 lines, more than 40"),
+    (bounded_cells, LESSON, code("x = 1\n" * (LESSON_CELL + 1)), "26 lines, more than 25"),
+    (bounded_cells, LESSON, code("#| export\n" + "x = 1\n" * LESSON_CELL), "26 lines, more than 25"),
+    (bounded_cells, REFERENCE, code("x = 1\n" * (CELL + 1)), "41 lines, more than 40"),
     (short_lines, LESSON, md("x" * (LINE + 1)), "121 characters"),
     (short_lines, LESSON, md("| a | " + "x " * LINE + " |"), "248 characters"),
     (short_lines, LESSON, code("#| fig-cap: " + "x" * LINE), "132 characters"),

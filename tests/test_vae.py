@@ -283,7 +283,7 @@ def test_a_config_builds_the_same_architecture():
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in vae.state_dict().items()}
 
 
-# --- codes with a place ---------------------------------------------------------------------------------------------
+# --- spatial codes --------------------------------------------------------------------------------------------------
 
 PLACE = dict(image_size=32, z_channels=3, width=8, multipliers=(1, 2), patch=2)  # codes of 3 x 8 x 8
 
