@@ -71,11 +71,11 @@ PRESETS |= {
     "celeba64": {
         "features": {"model": "FaceEncoder", "name": "faces"},
         "vae": {"image_size": 64, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4, 4], "patch": 2, "sigma": 0.2},
-        "unet": {"image_size": 64, **_ABLATION},
+        "unet": {"image_size": 64, **_ABLATION, "patch": 2},
         "diffusion": _COSINE,
         "train_features": {"kimg": 500, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.05, "ema_kimg": 0},
         "train_vae": {"kimg": 500, "batch_size": 128, "lr": 1e-3, "flip": True},
-        "train": {"kimg": 500, "batch_size": 128, "lr": 6e-4, "flip": True},
+        "train": {"kimg": 1_000, "batch_size": 128, "lr": 6e-4, "flip": True},
         **_PHOTOGRAPHS, "n": 5_000, "batch": 500, "parameters": 9e6,
     },
     "celeba256": {
@@ -122,7 +122,7 @@ _PLACES = {"z_channels": 4, "multipliers": [1, 2], "patch": 2}  # 32 pixels -> 4
 _LARGE: dict = {
     "places": _PLACES | {"width": 64, "blocks": 2, "sigma": 1.0, "beta": 0.02},
     "denoiser": {"width": 64, "multipliers": [1, 2, 2], "blocks": 2, "attention": [8]},
-    "mlp": {"width": 512, "blocks": 4}, "mlp_longer": 16,
+    "mlp": {"width": 512, "blocks": 4}, "mlp_longer": 4,
 }
 _LIGHT: dict = {  # for two cores
     "places": _PLACES | {"width": 32, "sigma": 0.2, "beta": 0.5},  # the KL acts as in _LARGE
@@ -158,7 +158,7 @@ class Row:
     model: dict | None = None  # config; beside `like` only the keys that differ
     train: dict | None = None  # arguments of `TrainConfig`; {}: put together from trained parts
     needs: dict | None = None  # part of the model: experiment whose part of that name, or whole model, it starts from
-    evaluate: tuple | None = None  # evaluations; the key `only` names a scope of this row, or "seed 0"
+    evaluate: tuple | None = None  # evaluations; the key `only` names a scope, see `_evaluations`
     curve: Scope | None = None  # scope of the curve over steps
     ancestral: Scope | None = None  # scope of the 1,000 ancestral steps
     studies: dict[str, Scope] | None = None  # study: scope
@@ -266,7 +266,7 @@ TRIALS: tuple[Row, ...] = (
 
 # %% ../nbs/80_experiments.ipynb #ac3b4196
 _GO_ON: dict = {"part": "train", "times_kimg": 0.4, "times_lr": 0.25}
-_JOINT_EVALUATIONS = (MAIN, MAIN | EX_PDE,
+_JOINT_EVALUATIONS = (MAIN | USUAL, MAIN, MAIN | EX_PDE,
                       *(MAIN | FEW | EX_PDE | {"steps": k, "only": "curve"} for k in (3, 5, 10, 20)))
 _CODE_STUDIES = {"path_length": THREE, "condition_agreement": SHAPES, "readout": SHAPES}
 _ON_SHAPES = Row("", on=ONCE, studies={}, curve={})  # one seed, nothing beside the two main evaluations
@@ -333,13 +333,18 @@ _COMPARED = (MAIN, *(_SHORT | options for options in STRATEGIES.values()), MAIN 
 _QUARTER = (_SHORT | {"strength": [0.75, 0.75]},  # and a quarter by the others
             *(_SHORT | STRATEGIES["adaptive strength"] | {"uncertainty": name}
               for name in ("re-encode", "head", "error", "prior", "density")))
-ADAPTIVE_EVALUATIONS = (*_COMPARED, *(e | {"prior": "realnvp"} for e in _COMPARED),
-                        *(e | {"only": "seed 0"} for e in _QUARTER))
+_FOUR = tuple(_SHORT | STRATEGIES[name] for name in ("full conditioning", "no conditioning", "adaptive strength",
+                                                     "shuffled strength"))
+_FEW_STEPS = (MAIN, _SHORT, MAIN | {"steps": 3}, MAIN | {"steps": 5})
+ADAPTIVE_EVALUATIONS = (*(e | USUAL | {"only": "photographs"} for e in (MAIN, *_FOUR, *_FEW_STEPS)),
+                        *(e | {"only": "shapes"} for e in _COMPARED),
+                        *(e | {"prior": "realnvp", "only": "shapes"} for e in _COMPARED),
+                        *(e | {"only": "shapes, seed 0"} for e in _QUARTER))
 
 # %% ../nbs/80_experiments.ipynb #ec811fe4
 _FLOW = {"prior": "FlowPrior", "kind": "realnvp"}
 _ADAPT: dict = {"part": "train", "times_kimg": 0.6, "times_lr": 0.5}
-_COARSE_STUDIES = {"truncation": EVERY, "uncertainty": FIRST, "priors": FIRST, "adaptive": FIRST}
+_COARSE_STUDIES = {"truncation": SHAPES, "uncertainty": FIRST, "priors": ONCE, "adaptive": ONCE}
 _VARIANT = Row("", on=ONCE, studies={}, evaluate=(_SHORT, _SHORT | STRATEGIES["adaptive strength"]))
 
 ADAPTIVE: tuple[Row, ...] = (
@@ -348,24 +353,24 @@ ADAPTIVE: tuple[Row, ...] = (
     Row("flow-form1", on=THREE, model={"model": "DiffuseVAE", **_PAIR, "vae": {"part": "vae", "prior": _FLOW}},
         train={"part": "train"}, needs={"vae": "flow-vae"}, evaluate=(MAIN,), steps_study=10, shared=_MEASURED),
     Row("adaptive-normal", on=THREE, model={"model": "AdaptiveDiffuseVAE", **_PAIR}, train=_ADAPT,
-        needs=_both("diffusevae-form1"), evaluate=ADAPTIVE_EVALUATIONS, studies=_COARSE_STUDIES | {"noise": FIRST},
-        steps_study=10, shared=_MEASURED),
+        needs=_both("diffusevae-form1"), evaluate=ADAPTIVE_EVALUATIONS, steps_study=10,
+        studies=_COARSE_STUDIES | {"noise": FIRST, "likelihood": PHOTOGRAPHS}, shared=_MEASURED),
     Row("adaptive-flow", "adaptive-normal", on=SHAPES, model={"vae": {"prior": _FLOW}}, needs=_both("flow-form1"),
         evaluate=_COMPARED, studies=_COARSE_STUDIES),
     Row("adaptive-control", "adaptive-normal", on=ONE, model={"model": "DiffuseVAE"}, studies={},
-        evaluate=(MAIN, _SHORT, MAIN | {"steps": 3}, MAIN | {"steps": 5})),
+        evaluate=tuple(e | USUAL for e in _FEW_STEPS)),
     Row("adaptive-film", "adaptive-normal", shared=_VARIANT, model={"film": True}),
     Row("adaptive-realnvp", "adaptive-normal", shared=_VARIANT, model={"flow": {"kind": "realnvp"}}),
     Row("adaptive-glow", "adaptive-normal", shared=_VARIANT, model={"flow": {"kind": "glow"}}),
 )
 
-_CPU_STRATEGIES = ("full conditioning", "no conditioning", "adaptive strength", "shuffled strength")
+
 ADAPTIVE += (
     Row("flow-vae-cpu", "flow-vae", on=CPU_ONE),
     Row("flow-form1-cpu", "flow-form1", on=CPU_ONE, needs={"vae": "flow-vae-cpu"}),
     Row("adaptive-normal-cpu", "adaptive-normal", shared=_CPU_TUNED, train=_ADAPT | {"times_kimg": 0.25},
         needs=_both("diffusevae-form1-cpu"), studies={"noise": CPU_ONE, "likelihood": CPU_ONE},
-        evaluate=(MAIN | USUAL, *(_SHORT | FEW | USUAL | STRATEGIES[name] for name in _CPU_STRATEGIES))),
+        evaluate=(MAIN | USUAL, *(e | FEW | USUAL for e in _FOUR))),
 )
 
 # %% ../nbs/80_experiments.ipynb #9be45bb8
@@ -461,7 +466,8 @@ def _evaluations(row: Row, name: str, seed: int) -> tuple[dict, ...]:
     "What is measured on a preset with a seed: nothing twice, and only what the preset has a number of images for."
     preset = PRESETS[name]
     evaluations: list[dict] = []
-    scopes = {None: {name: seed + 1}, "seed 0": {name: 1}, "curve": row.curve or {}, "ancestral": row.ancestral or {}}
+    scopes = {None: {name: seed + 1}, "curve": row.curve or {}, "ancestral": row.ancestral or {},
+              "shapes": SHAPES, "shapes, seed 0": ONCE, "photographs": PHOTOGRAPHS}
     for evaluation in row.evaluate or ():
         only = evaluation.get("only")
         options = {k: v for k, v in evaluation.items() if k != "only"} | {"n": _number(evaluation["n"], preset)}

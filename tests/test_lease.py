@@ -34,9 +34,9 @@ def unpacked(out, folder):
 @pytest.mark.parametrize("dataset", ["cifar10", "celeba64"])
 def test_a_lease_brings_home_records_grids_and_the_weights_that_were_measured(dataset, tmp_path):
     said = lease("run", dataset, "--tiny", "--runs", tmp_path / "there", "--out", tmp_path / "out",
-                 "features vae diffusevae-form1-z",
-                 "ddpm")
+                 "diffusevae-form1-z ddpm", "features vae!")
     assert "the lanes ended with [0, 0]" in said
+    assert said.index("vae seed 0 trained") < said.index("diffusevae-form1-z seed 0 trained")
     runs = unpacked(tmp_path / "out", tmp_path)
     for name in ("features", "vae", "diffusevae-form1-z", "ddpm"):
         entry = next(shrink(e) for e in queue(dataset) if (e.experiment, e.seed) == (name, 0))
@@ -61,8 +61,9 @@ def test_what_the_limit_cut_off_is_measured_at_home(tmp_path, monkeypatch):
                    check=True,
                    capture_output=True)
     sys.path.insert(0, str(SCRIPT.parent))
-    from lease import pack
-    pack(tmp_path / "there", tmp_path / "out")
+    from lease import pack, send
+    pack(tmp_path / "there")
+    send(tmp_path / "there", tmp_path / "out")
     runs = unpacked(tmp_path / "out", tmp_path)
     pool = [shrink(e) for e in queue("cifar10") if e.experiment in ("vae", "features") and e.seed == 0]
     assert state(pool[1], runs) == "trained"
@@ -98,9 +99,11 @@ def test_a_package_is_cut_into_parts_that_fit(tmp_path, monkeypatch):
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 400)
     (folder / "checkpoint-1").mkdir()
     (folder / "checkpoint-1" / "state.safetensors").write_bytes(b"x")
-    monkeypatch.setattr(script, "PART", 30_000)
-    parts = script.pack(tmp_path / "there", tmp_path / "out")
-    assert len(parts) > 3 and all(p.stat().st_size <= 30_000 for p in parts)
+    monkeypatch.setattr(script, "PART", 25_000)
+    parts = script.pack(tmp_path / "there")
+    assert 4 < len(parts) <= 8 and all(p.stat().st_size <= 25_000 for p in parts)
+    assert [p.name for p in script.send(tmp_path / "there", tmp_path / "out")] == [p.name for p in parts[:4]]
+    assert [p.name for p in script.send(tmp_path / "there", tmp_path / "out", 4)] == [p.name for p in parts[4:]]
     assert [p.relative_to(tmp_path / "runs").as_posix() for p in unpacked(tmp_path / "out", tmp_path).rglob("*.*")] == [
         "cifar10/vae/seed0/model.safetensors"]
 
