@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'COMPILE_FROM', 'POINTS', 'CHECKPOINT_SECONDS', 'TrainConfig', 'Average', 'supports_bf16',
            'choose_precision', 'autocast', 'eager', 'compiler_works', 'choose_compile', 'compile_networks',
-           'training_flops', 'record_networks', 'release_networks', 'peak_memory', 'latest_checkpoint',
-           'save_checkpoint', 'check_same_run', 'take_step', 'adamw', 'heldout_losses', 'TrainResult', 'train',
-           'training_step']
+           'training_flops', 'peak_memory', 'latest_checkpoint', 'save_checkpoint', 'check_same_run', 'take_step',
+           'adamw', 'heldout_losses', 'TrainResult', 'train', 'training_step']
 
 # %% ../nbs/00g_training.ipynb #cell-002
 #| code-fold: true
@@ -30,7 +29,6 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
@@ -207,64 +205,6 @@ def training_flops(model: Model, data: ImageData, images: float) -> float:
     flops = count_flops(lambda: model.eval().training_loss(x, y, draws=draws))
     model.train(training)
     return 3.0 * images * flops
-
-# %% ../nbs/00g_training.ipynb #411162a5
-class _Positional(nn.Module):
-    "A network as a module of tensors by position, which is what can be recorded; the last ones have names."
-
-    def __init__(self, network: nn.Module, names: tuple[str, ...]):
-        super().__init__()
-        self.network, self.names = network, names
-
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        split = len(tensors) - len(self.names)
-        named = dict(zip(self.names, tensors[split:]))
-        return type(self.network).forward(self.network, *tensors[:split], **named)
-
-# %% ../nbs/00g_training.ipynb #ba597b3a
-class _Recorded:
-    "The forward method of a network that is trained: its passes are recorded at the first call, for one shape."
-
-    def __init__(self, network: nn.Module):
-        self.network, self.busy = network, False
-        self.key: tuple | None = None
-
-    def __call__(self, *args, **kwargs) -> torch.Tensor:
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        tensors, trains = (*args, *given.values()), self.network.training and torch.is_grad_enabled()
-        if self.busy or not trains or not any(p.requires_grad for p in self.network.parameters()):
-            return type(self.network).forward(self.network, *args, **kwargs)
-        key = len(args), tuple(given), *((t.shape, t.dtype, t.stride(), t.requires_grad) for t in tensors)
-        if self.key is None:
-            self.key, self.replay = key, self.record(tensors, tuple(given))
-        if key != self.key:
-            return type(self.network).forward(self.network, *args, **kwargs)
-        self.busy, out = True, self.replay(*tensors)
-        (out if isinstance(out, torch.Tensor) else out[0]).register_hook(self.free)
-        return out
-
-    def record(self, tensors: tuple[torch.Tensor, ...], names: tuple[str, ...]) -> Callable:
-        "Record both passes on copies of these tensors."
-        copies = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
-        on = torch.is_autocast_enabled("cuda")
-        with torch.autocast("cuda", torch.bfloat16, enabled=on, cache_enabled=False):
-            return torch.cuda.make_graphed_callables(_Positional(self.network, names), copies, allow_unused_input=True)
-
-    def free(self, gradient: torch.Tensor) -> None:
-        "The backward pass has begun: the memory may be written again."
-        self.busy = False
-
-# %% ../nbs/00g_training.ipynb #6a60b83f
-def record_networks(model: Model) -> None:
-    "Let the trained networks of a model on a GPU run as CUDA graphs, until `release_networks`."
-    for part in model.networks():
-        part.forward = _Recorded(part)
-
-
-def release_networks(model: Model) -> None:
-    "Let the networks of a model run as usual again."
-    for part in model.networks():
-        vars(part).pop("forward", None)
 
 # %% ../nbs/00g_training.ipynb #a76d91f3
 def peak_memory(device: torch.device) -> int:
@@ -536,19 +476,15 @@ class _Run(_Log):
             "peak_memory_bytes": self.peak_memory})
 
 # %% ../nbs/00g_training.ipynb #97df7a0b
-def _begin(run: _Run, model: Model, data: ImageData, device: torch.device, alone: bool) -> None:
-    "Record the networks on a GPU, compile them where that pays, and note how the steps from here on are computed."
+def _begin(run: _Run, model: Model, data: ImageData, device: torch.device) -> None:
+    "Compile the networks where that pays, and note how the steps from here on are computed."
     config = run.config
-    recorded = device.type == "cuda" and alone and os.environ.get("HYBRIDVAE_COMPILE") != "on"
-    compiled = not recorded and choose_compile(device, training_flops(model, data, 1000 * config.kimg))
-    if recorded:
-        record_networks(model)
+    compiled = choose_compile(device, training_flops(model, data, 1000 * config.kimg))
     if compiled:
         compile_networks(model)
     run.device = device
     run.parts.append({"from_step": run.step, "device": device.type,
-                      "precision": choose_precision(device, config.precision), "compiled": compiled,
-                      **({"recorded": True} if recorded else {})})
+                      "precision": choose_precision(device, config.precision), "compiled": compiled})
 
 
 @contextlib.contextmanager
@@ -668,9 +604,8 @@ def train(
     with _logging(run, main), tqdm(total=config.steps, initial=run.step, desc=type(model).__name__, unit="step",
                                    disable=not (progress and main), mininterval=1) as bar:
         if run.step < config.steps and not model.stop_reason(run.history):
-            _begin(run, model, data, loop.device, loop.accelerator.num_processes == 1)
+            _begin(run, model, data, loop.device)
         stopped = _steps(loop, run, heldout, minutes, every, bar)
-    release_networks(model)
     finished = run.step >= config.steps or stopped is not None
     if finished:
         loop.average.swap()
