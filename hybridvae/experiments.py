@@ -74,8 +74,8 @@ PRESETS |= {
         "unet": {"image_size": 64, **_ABLATION, "patch": 2},
         "diffusion": _COSINE,
         "train_features": {"kimg": 500, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.05, "ema_kimg": 0},
-        "train_vae": {"kimg": 500, "batch_size": 128, "lr": 1e-3, "flip": True},
-        "train": {"kimg": 1_000, "batch_size": 128, "lr": 6e-4, "flip": True},
+        "train_vae": {"kimg": 500, "batch_size": 256, "lr": 1e-3, "flip": True},
+        "train": {"kimg": 1_000, "batch_size": 256, "lr": 8e-4, "flip": True},
         **_PHOTOGRAPHS, "n": 5_000, "batch": 500, "parameters": 9e6,
     },
     "celeba256": {

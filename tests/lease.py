@@ -3,6 +3,7 @@
     python tests/lease.py probe cifar10 diffusevae-form1-z ddpm
     python tests/lease.py run cifar10 --minutes 9 --out OUT "features vae diffusevae-form1-z" "ddpm"
     python tests/lease.py run cifar10 --tiny --out OUT "features vae" "ddpm"
+    python tests/lease.py run cifar10 --after FILE --out OUT "features vae" "ddpm"
     python tests/lease.py send cifar10 4 --out OUT
 
 `probe` measures how fast an entry trains and samples, and fills the compiler's cache. `run` takes lanes: each is a
@@ -11,10 +12,12 @@ waits for what another lane trains, and is left out where the time that is left 
 finished twenty seconds after the limit is packed into parts of 15 MB, records and grids first, then weights in the
 order of the lanes: the first four lie in OUT, `send` puts the four from a number on there. Put together and unpacked
 into a folder, `hybridvae campaign --runs FOLDER` goes on from there. `--tiny` tries all of it on the CPU, on stand-in
-images. NAME@1 is an entry of seed 1. Nothing is needed but PyTorch and what the package imports.
+images. With `--after` lanes are ready before the images are there. NAME@1 is an entry of seed 1. Nothing is needed but
+PyTorch and what the package imports.
 """
 import argparse
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +30,7 @@ PEAK = 790e12  # operations per second in bfloat16 that an H100 was measured to 
 PART = 15_000_000  # bytes of a part
 GRACE = 20  # seconds after the limit in which a lane may end by itself
 PARTS = 4  # that come home at once
-RESERVE = 90  # seconds of the limit that are kept for measuring: no training that would reach into them begins
+RESERVE = 60  # seconds of the limit that are kept for measuring: no training that would reach into them begins
 KEPT = ("seed*.json", "seed*.png", "seed*.jpg", "seed*/trained.json", "seed*/measured.json")
 
 
@@ -132,6 +135,7 @@ class Lane:
 
         if not train_only and not (entry.folder(self.runs) / "trained.json").exists():
             return
+        os.environ["HYBRIDVAE_COMPILE"] = "auto" if train_only else "off"  # for measuring it takes longer than it saves
         try:
             run_entry(entry, self.pool, self.runs, self.clock.left(), self.tiny, False, train_only)
         except HybridVAEError as error:
@@ -153,10 +157,20 @@ def training_operations(entry) -> float:
     return 3e3 * entry.train["kimg"] * count_flops(lambda: model.training_loss(x, draws=Draws(0, 0)))
 
 
-def lane(dataset: str, names: list[str], others: list[str], tiny: bool, runs: Path, minutes: float) -> None:
+def wait_for(file: Path | None) -> None:
+    "Until the file is there."
+    while file and not file.exists():
+        time.sleep(0.1)
+
+
+def lane(dataset: str, names: list[str], others: list[str], tiny: bool, runs: Path, minutes: float,
+         after: Path | None) -> None:
     "Train and measure the named entries; those of all lanes are in `others`."
     from hybridvae.campaign import stand_in_data
 
+    import hybridvae.runs  # noqa: F401  what takes long to import, while the images are still on their way
+
+    wait_for(after)
     with stand_in_data() if tiny else contextlib.nullcontext():
         Lane(dataset, names, others, tiny, runs, minutes).all()
 
@@ -186,11 +200,14 @@ def send(runs: Path, out: Path, first: int = 0) -> list[Path]:
     return [Path(shutil.copy(part, out)) for part in parts[first:first + PARTS]]
 
 
-def run(dataset: str, lanes: list[str], tiny: bool, runs: Path, minutes: float, out: Path) -> None:
+def run(dataset: str, lanes: list[str], tiny: bool, runs: Path, minutes: float, out: Path,
+        after: Path | None = None) -> None:
     "All lanes at once; then the package."
     command = [sys.executable, "-u", "-W", "ignore", __file__, "lane", dataset, "--runs", str(runs), "--minutes",
-               str(minutes), "--others", " ".join(lanes), *(["--tiny"] if tiny else [])]
+               str(minutes), "--others", " ".join(lanes), *(["--after", str(after)] if after else []),
+               *(["--tiny"] if tiny else [])]
     started = [subprocess.Popen([*command, *names.split()]) for names in lanes]
+    wait_for(after)
     clock = time.monotonic() + 60 * minutes + GRACE
     for process in started:
         try:
@@ -214,16 +231,17 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path, default=Path("lease"))
+    parser.add_argument("--after", type=Path, help="begin when this file is there")
     parser.add_argument("--others", default="", help="for lane: all entries, which may be waited for")
     given = parser.parse_args()
     if given.what == "probe":
         probe(given.dataset, given.names, given.tiny)
     elif given.what == "lane":
-        lane(given.dataset, given.names, given.others.split(), given.tiny, given.runs, given.minutes)
+        lane(given.dataset, given.names, given.others.split(), given.tiny, given.runs, given.minutes, given.after)
     elif given.what == "send":
         print([part.name for part in send(given.runs, given.out, int(given.names[0]))])
     else:
-        run(given.dataset, given.names, given.tiny, given.runs, given.minutes, given.out)
+        run(given.dataset, given.names, given.tiny, given.runs, given.minutes, given.out, given.after)
 
 
 if __name__ == "__main__":
