@@ -39,7 +39,8 @@ def _power(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Lengths are in cycles per pixel.
     """
     weights = torch.tensor([0.299, 0.587, 0.114], device=images.device) / 255  # of red, green and blue, ITU-R BT.601
-    luminance = torch.einsum("nchw,c->nhw", images.float(), weights)
+    with torch.autocast(images.device.type, enabled=False):  # in full precision whatever surrounds it
+        luminance = torch.einsum("nchw,c->nhw", images.float(), weights)
     down, right = (torch.fft.fftfreq(size, device=images.device) for size in images.shape[2:])
     power = torch.fft.fft2(luminance - luminance.mean(dim=(1, 2), keepdim=True), norm="ortho").abs().square()
     return power, (down[:, None].square() + right.square()).sqrt()
@@ -80,7 +81,9 @@ def texture(images: torch.Tensor) -> torch.Tensor:
         raise HybridVAEError(f"images of {images.shape[2]} x {images.shape[3]} pixels are too small for their texture "
                              f"to be measured: give at least {2**TEXTURE_LEVELS} pixels on each side.")
     matrix = torch.tensor(LUMINANCE_CHROMA, device=images.device) / 255
-    x, energies = torch.einsum("kc,nchw->nkhw", matrix, images.float()), []
+    energies = []
+    with torch.autocast(images.device.type, enabled=False):
+        x = torch.einsum("kc,nchw->nkhw", matrix, images.float())
     for _ in range(TEXTURE_LEVELS):
         x = x[:, :, :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
         a, b, c, d = (x[:, :, row::2, column::2] for row in (0, 1) for column in (0, 1))

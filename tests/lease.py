@@ -8,7 +8,8 @@
 
 `probe` measures how fast an entry trains and samples, and fills the compiler's cache. `run` takes lanes: each is a
 process that trains its entries in order and then measures them; NAME! is measured before the lane goes on. An entry
-waits for what another lane trains, and is left out where the time that is left is too short for it. Whatever is
+waits for what another lane trains, and is left out where the time that is left is too short for it, by what the last
+network of about its size took in this lane. Whatever is
 finished twenty seconds after the limit is packed into parts of 15 MB, records and grids first, then weights in the
 order of the lanes: the first four lie in OUT, `send` puts the four from a number on there. Put together and unpacked
 into a folder, `hybridvae campaign --runs FOLDER` goes on from there. `--tiny` tries all of it on the CPU, on stand-in
@@ -17,6 +18,7 @@ PyTorch and what the package imports.
 """
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import subprocess
@@ -96,7 +98,7 @@ class Lane:
         self.awaited = [e for e in pool_and_chosen(dataset, others, tiny)[1] if e not in self.chosen]
         self.now = [name.endswith("!") for name in names]
         self.runs, self.tiny, self.clock, self.begun = runs, tiny, Clock(minutes), time.monotonic()
-        self.rate = 0.0  # operations per second of the last training
+        self.before = 0.0, math.inf  # operations of the last training, and its seconds
 
     def all(self) -> None:
         "Train each entry, or train and measure it; measure the others in the end."
@@ -114,13 +116,14 @@ class Lane:
             return
         self.wait(entry)
         operations, left = training_operations(entry), 60 * (self.clock.left() or 0)
-        if self.rate and operations / self.rate > left - RESERVE:
+        done, seconds = self.before
+        # a small network's training, most of it compilation and waiting for Python, says nothing of a large one's
+        if 3 * done > operations and seconds * operations / done > left - RESERVE:
             print(f"{entry.experiment} seed {entry.seed} is left out: {left:.0f} s are left", flush=True)
             return
         begun = time.monotonic()
         self.run(entry, True)
-        if operations:
-            self.rate = operations / (time.monotonic() - begun)
+        self.before = operations, time.monotonic() - begun
 
     def wait(self, entry) -> None:
         "Until the entries of other lanes that it starts from are trained, or the limit comes."

@@ -111,3 +111,18 @@ def test_a_package_is_cut_into_parts_that_fit(tmp_path, monkeypatch):
 def test_the_probe_says_how_fast_an_entry_is():
     said = lease("probe", "cifar10", "--tiny", "ddpm", "diffusevae-form1-z")
     assert said.count("trains") == said.count("samples") == 2 and "% of the peak" in said
+
+
+@pytest.mark.parametrize("before, left_out", [((1e12, 50.0), False), ((1e15, 50.0), True), ((1e15, 1.0), False)])
+def test_an_entry_is_left_out_only_where_one_of_its_size_took_longer_than_is_left(before, left_out, tmp_path,
+                                                                                  monkeypatch, capsys):
+    "A VAE's training, most of it compilation, once kept a U-Net from being trained."
+    sys.path.insert(0, str(SCRIPT.parent))
+    import lease as script
+    monkeypatch.setattr(script, "training_operations", lambda entry: 2e15)
+    lane = script.Lane("cifar10", ["ddpm"], ["ddpm"], True, tmp_path, 1.5)
+    trained = []
+    monkeypatch.setattr(lane, "run", lambda entry, train_only: trained.append(entry.experiment))
+    lane.before = before
+    lane.train(lane.chosen[0])
+    assert trained == ([] if left_out else ["ddpm"]) and ("left out" in capsys.readouterr().out) == left_out

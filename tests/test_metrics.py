@@ -865,3 +865,12 @@ def test_operations_are_counted_as_two_for_each_multiply_add():
     layer, convolution = torch.nn.Linear(7, 5), torch.nn.Conv2d(3, 4, 3, padding=1)
     assert count_flops(layer, torch.zeros(2, 7)) == 2 * 2 * 7 * 5
     assert count_flops(convolution, torch.zeros(1, 3, 8, 8)) == 2 * 64 * 4 * 27
+
+
+@pytest.mark.parametrize("measure", [high_frequency_power, texture, power_spectrum])
+def test_what_is_measured_of_images_is_the_same_within_autocast(measure):
+    "Studies run within it; in half precision the values are others, and a GPU's Fourier transform fails."
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain = measure(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(measure(images), plain) and plain.dtype == torch.float32
