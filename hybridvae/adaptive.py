@@ -199,6 +199,7 @@ class StrengthInputs(nn.Module):
     head: UncertaintyHead
     flow: "ConditionFlow | None"
     film: bool
+    level_input: bool
 
     def network_inputs(
         self,
@@ -213,7 +214,7 @@ class StrengthInputs(nn.Module):
         if self.flow is not None:
             context = torch.stack([logvar.mean(dim=1), error], dim=1)
             x_hat, z, log_det = self.flow(self.vae, x_hat, z, context)
-        level = torch.cat([strength[:, None], *[logvar] * self.film], dim=1)
+        level = torch.cat([strength[:, None] * self.level_input, *[logvar] * self.film], dim=1)
         return add_noise(x_hat, strength, noise), z, level, log_det
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #36920d5f
@@ -412,9 +413,8 @@ def _check_options(levels: tuple, cond_dropout: float, concat: bool) -> None:
 class AdaptiveDiffuseVAE(AdaptationOptions, DiffuseVAE):
     """A DiffuseVAE whose conditioning strength can be set for each coarse image.
 
-    x̂ gets noise of any level s, √(1-s²) x̂ + s ε, and s is an input of the U-Net (Ho et al. 2022, section 4.2):
-    more noise, weaker conditioning. Samples as `DiffuseVAE` does, at full strength, unless an `adaptation` is given.
-    Raises `ValueError` for options of `DiffuseVAE` that do not go with it, or levels that are no shares.
+    x̂ gets noise of a level s, √(1-s²) x̂ + s ε, an input of the U-Net (Ho et al. 2022, section 4.2); samples have
+    s = 0 unless an `adaptation` is given. Raises `ValueError` for options that do not go with it, or wrong `levels`.
     """
 
     def __init__(
@@ -423,15 +423,17 @@ class AdaptiveDiffuseVAE(AdaptationOptions, DiffuseVAE):
         film: bool = False,  # give log σ² to the U-Net, as the head predicts it
         levels: tuple = (0.35, 0.45),  # shares of training images without noise on x̂, and with nothing but noise
         flow: dict | None = None,  # arguments of `ConditionFlow`, its kind first: maps x̂ before it gets its noise
+        level_input: bool = True,  # False: the control, where the U-Net has to see the level in x̂
         **kwargs,  # as in `DiffuseVAE`
     ):
         super().__init__(*args, **kwargs)
         _check_options(levels, self.cond_dropout, self.concat)
-        z_dim, width = self.vae.z_dim, 4 * self.unet.width
-        self.told = nn.Sequential(nn.Linear(1 + z_dim * film, width), nn.SiLU(), zeroed(nn.Linear(width, width)))
-        self.head, self.film, self.levels = UncertaintyHead(z_dim), film, tuple(levels)
+        z_dim, wide = self.vae.z_dim, 4 * self.unet.width
+        self.told = nn.Sequential(nn.Linear(1 + z_dim * film, wide), nn.SiLU(), zeroed(nn.Linear(wide, wide)))
+        self.head, self.film, self.levels, self.level_input = UncertaintyHead(z_dim), film, tuple(levels), level_input
         self.flow = ConditionFlow(z_dim=z_dim, channels=self.vae.image_shape[0], **flow) if flow else None
-        self.config |= {"model": "AdaptiveDiffuseVAE", "film": film, "levels": list(levels), "flow": flow}
+        self.config |= {"model": "AdaptiveDiffuseVAE", "film": film, "levels": list(levels), "flow": flow,
+                        **({} if level_input else {"level_input": False})}  # older configs do not have it
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #6f954d7c
 class ConditionMap(nn.Module):

@@ -359,6 +359,8 @@ ADAPTIVE: tuple[Row, ...] = (
         evaluate=_COMPARED, studies=_COARSE_STUDIES),
     Row("adaptive-control", "adaptive-normal", on=ONE, model={"model": "DiffuseVAE"}, studies={},
         evaluate=tuple(e | USUAL for e in _FEW_STEPS)),
+    Row("adaptive-no-level", "adaptive-normal", on=SHAPES, model={"level_input": False}, studies={"noise": FIRST},
+        evaluate=(MAIN, *_FOUR)),
     Row("adaptive-film", "adaptive-normal", shared=_VARIANT, model={"film": True}),
     Row("adaptive-realnvp", "adaptive-normal", shared=_VARIANT, model={"flow": {"kind": "realnvp"}}),
     Row("adaptive-glow", "adaptive-normal", shared=_VARIANT, model={"flow": {"kind": "glow"}}),

@@ -76,6 +76,20 @@ def test_x_hat_fades_into_noise_as_the_strength_grows_and_the_level_is_an_input(
         torch.testing.assert_close(level[:, 1:], m.head(z)[0])
 
 
+def test_the_control_meets_the_same_noise_and_is_not_given_its_level():
+    m, control = model(), model(level_input=False)
+    control.load_state_dict(m.state_dict())
+    x_hat, z = coarse(m)
+    strength, noise = torch.linspace(0.2, 1, 6), torch.randn(6, 3, 16, 16, generator=generator(3))
+    with torch.no_grad():
+        with_level, without = (part.network_inputs(x_hat, z, strength, noise) for part in (m, control))
+        x_t, t = torch.zeros_like(x_hat), torch.zeros(6)
+        predictions = [part.denoiser(*inputs[:3])(x_t, t) for part, inputs in ((m, with_level), (control, without))]
+    assert torch.equal(with_level[0], without[0]) and not without[2].any() and with_level[2].all()
+    assert not torch.isclose(*predictions).any(dim=-1).all()
+    assert "level_input" not in m.config and not build_model(control.config).level_input
+
+
 @variants
 def test_the_denoiser_without_a_level_is_that_at_full_strength(options):
     m = model(**options)
