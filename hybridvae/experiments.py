@@ -366,7 +366,6 @@ ADAPTIVE: tuple[Row, ...] = (
     Row("adaptive-glow", "adaptive-normal", shared=_VARIANT, model={"flow": {"kind": "glow"}}),
 )
 
-
 ADAPTIVE += (
     Row("flow-vae-cpu", "flow-vae", on=CPU_ONE),
     Row("flow-form1-cpu", "flow-form1", on=CPU_ONE, needs={"vae": "flow-vae-cpu"}),

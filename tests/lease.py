@@ -9,12 +9,11 @@
 `probe` measures how fast an entry trains and samples, and fills the compiler's cache. `run` takes lanes: each is a
 process that trains its entries in order and then measures them; NAME! is measured before the lane goes on. An entry
 waits for what another lane trains, and is left out where the time that is left is too short for it, by what the last
-network of about its size took in this lane. Whatever is
-finished twenty seconds after the limit is packed into parts of 15 MB, records and grids first, then weights in the
-order of the lanes: the first four lie in OUT, `send` puts the four from a number on there. Put together and unpacked
-into a folder, `hybridvae campaign --runs FOLDER` goes on from there. `--tiny` tries all of it on the CPU, on stand-in
-images. With `--after` lanes are ready before the images are there. NAME@1 is an entry of seed 1. Nothing is needed but
-PyTorch and what the package imports.
+network of about its size took in this lane. Whatever is finished twenty seconds after the limit is packed into parts of
+15 MB, records and grids first, then weights in the order of the lanes: the first four lie in OUT, `send` puts the four
+from a number on there. Put together and unpacked into a folder, `hybridvae campaign --runs FOLDER` goes on from there.
+`--tiny` tries all of it on the CPU, on stand-in images. With `--after` lanes are ready before the images are there.
+NAME@1 is an entry of seed 1. Nothing is needed but PyTorch and what the package imports.
 """
 import argparse
 import contextlib
