@@ -123,7 +123,8 @@ FAULTS = [
           "test_training.py::test_a_step_for_measuring_trains_what_is_trained_next_to_nothing"
           "_and_sets_the_gradients_free"),
     # adaptive conditioning
-    Fault("level of the noise not an input", "adaptive.py", "strength[:, None] * self.level_input", "0 * strength[:, None]",
+    Fault("level of the noise not an input", "adaptive.py", "strength[:, None] * self.level_input",
+          "0 * strength[:, None]",
           "test_adaptive.py::test_x_hat_fades_into_noise_as_the_strength_grows_and_the_level_is_an_input"),
     Fault("control that is given the level", "adaptive.py", "strength[:, None] * self.level_input", "strength[:, None]",
           "test_adaptive.py::test_the_control_meets_the_same_noise_and_is_not_given_its_level"),
