@@ -1,0 +1,162 @@
+"""The final evaluation: tables, differences, fronts and answers follow the records, and say no more than they do."""
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import complains
+from scipy.stats import ttest_rel
+
+from hybridvae import evaluation, records
+from hybridvae.core import load_records
+from hybridvae.evaluation import (FAMILIES, LABELS, QUALITY, QUESTIONS, Difference, comparison, difference,
+                                  export_table, family, floors, growth_under_noise, joint_answer, label, measurements,
+                                  palette, pareto_front)
+from hybridvae.records import results_folder
+
+
+def metric(value, deviation=None):
+    return {"value": value, "reference": "held-out", "feature_network": "faces", "hash": "a"} | (
+        {} if deviation is None else {"deviation": deviation})
+
+
+def record(experiment, seed=0, fd=1.0, deviation=0.1, **keys):
+    "A record as short as the evaluation can bear; `other` is an evaluation with a fitted prior."
+    measured = lambda value: {"sampler": "dpmpp", "steps": 20, "n": 2_000, "nfe": 20, "metrics": {
+        "FD (faces)": metric(value, deviation), "FD (faces) to training set": metric(9.0),
+        "texture distance": metric(2 * value), "high-frequency power": metric(0.5)}}
+    return {"experiment": experiment, "dataset": "celeba64", "subset": None, "seed": seed, "kimg": 10,
+            "parameters": 1_000_000, "evaluations": [measured(fd), measured(fd / 2) | {"prior": "ex-pde"}]} | keys
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    "Writes records into a folder that takes the place of the committed ones."
+    monkeypatch.setattr(records, "record_roots", lambda: [tmp_path])
+    monkeypatch.setattr(records, "results_folder", lambda: tmp_path)
+
+    def write(*made):
+        shutil.rmtree(tmp_path / "celeba64", ignore_errors=True)
+        for r in made:
+            folder = tmp_path / r["dataset"] / r["experiment"]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"seed{r['seed']}.json").write_text(json.dumps(r))
+        return load_records(tmp_path)
+    return write
+
+
+def test_every_experiment_of_the_tables_has_a_family_and_a_colour():
+    names = {r["experiment"] for r in load_records(results_folder())}
+    assert {family(name) for name in names if not name.startswith(("trial", "features"))} <= set(FAMILIES.values())
+    assert len(set(palette().values())) == len(FAMILIES) + 1
+    assert label("ddpm-cpu") == f"{LABELS['ddpm']}, CPU size" and label("no-such") == "no-such"
+
+
+def test_measurements_have_a_row_for_each_evaluation_of_each_seed(written):
+    written(record("ddpm", 0, 1.0), record("ddpm", 1, 3.0), record("trial", evaluations=[]))
+    frame = measurements("celeba64")
+    assert len(frame) == 4 and frame["main"].sum() == 2 and set(frame["experiment"]) == {"ddpm"}
+    assert frame[frame["main"]]["FD"].tolist() == [1.0, 3.0] and frame["± FD"].eq(0.1).all()
+    assert frame[frame["prior"] == "ex-pde"]["FD"].tolist() == [0.5, 1.5]
+    assert frame["recall"].isna().all() and frame["n"].eq(2_000).all()  # what was not measured is no number
+
+
+def test_the_table_shows_the_spread_over_seeds_or_the_deviation_over_images(written):
+    written(record("ddpm", 0, 1.0), record("ddpm", 1, 3.0), record("vae", 0, 2.0, 0.25))
+    table = comparison(measurements("celeba64"))
+    assert table.loc["DDPM", "FD"] == f"2.00 ± {np.std([1, 3], ddof=1):.2f}" and table.loc["DDPM", "seeds"] == "2"
+    assert table.loc["VAE", "FD"] == "2.00 (± 0.25)" and table.loc["VAE", "recall"] == ""
+
+
+def test_floors_stand_only_for_the_n_that_were_measured(written):
+    written(record("features", floors={"2000": {"train to held-out": {"FD (faces)": 0.3}}}, evaluations=[]))
+    assert floors("celeba64", [2_000, 5_000, 2_000]).to_dict("index") == {
+        "real images, n = 2,000": {"FD": "0.30", "n": "2,000"}}
+
+
+def test_three_seeds_are_compared_in_pairs_and_one_over_its_images(written):
+    a, b = [1.0, 2.0, 4.0], [2.0, 2.5, 5.5]
+    made = written(*(record("ddpm", s, v) for s, v in enumerate(a)), *(record("vae", s, v) for s, v in enumerate(b)))
+    gap = difference(made, ("ddpm", {}), ("vae", {}))
+    low, high = ttest_rel(a, b).confidence_interval(0.95)
+    assert (gap.value, gap.low, gap.high, gap.seeds) == pytest.approx((-1.0, low, high, 3))
+    assert gap.per_cent == pytest.approx(-100 / np.mean(b) * 1.0)
+    other = difference(made, ("ddpm", {"prior": "ex-pde"}), ("vae", {}))
+    assert other.value == pytest.approx(np.mean(a) / 2 - np.mean(b))
+    made = written(record("ddpm", 0, 1.0, 0.3), record("vae", 0, 2.0, 0.4))
+    gap = difference(made, ("ddpm", {}), ("vae", {}))
+    assert (gap.low, gap.high, gap.seeds) == pytest.approx((-1 - 1.96 * 0.5, -1 + 1.96 * 0.5, 1))
+    assert "one training each" in str(gap) and gap.apart
+
+
+def test_without_an_interval_there_is_no_difference(written):
+    made = written(record("ddpm", 0, 1.0, None), record("vae", 0, 2.0), record("vae", 1, 2.0))
+    assert difference(made, ("ddpm", {}), ("vae", {})) is None  # one seed, no bootstrap
+    assert difference(made, ("joint", {}), ("vae", {})) is None  # no record
+    assert difference(made, ("vae", {"prior": "realnvp"}), ("vae", {})) is None  # not measured
+
+
+def test_an_interval_that_holds_zero_is_not_apart():
+    gap = Difference(-1.0, -2.0, 0.1, -50.0, 3)
+    assert not gap.apart and Difference(-1.0, -2.0, -0.1, -50.0, 3).apart and "-50 %" in str(gap)
+
+
+def test_the_front_is_what_nothing_beats_in_both():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"cost": rng.random(60), "quality": rng.random(60)})
+    frame.loc[0, "quality"] = math.nan
+    front = pareto_front(frame, "cost", "quality")
+    whole = frame.dropna().to_numpy()
+    beaten = [((whole <= row).all(axis=1) & (whole < row).any(axis=1)).any() for row in whole]
+    assert sorted(front["cost"]) == sorted(whole[~np.array(beaten), 0]) and front["cost"].is_monotonic_increasing
+
+
+def test_tables_are_written_as_csv_and_latex_and_nothing_else(tmp_path):
+    table = pd.DataFrame({"FD": ["2.00 ± 0.25"]}, index=["DDPM"])
+    assert pd.read_csv(export_table(table, tmp_path / "a.csv"), index_col=0).loc["DDPM", "FD"] == "2.00 ± 0.25"
+    text = export_table(table, tmp_path / "a.tex").read_text()
+    assert r"\toprule" in text and r"2.00 $\pm$ 0.25" in text
+    with complains("a.docx", ".csv or .tex"):
+        export_table(table, tmp_path / "a.docx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.tex"]
+
+
+def test_an_answer_follows_its_records(written):
+    "A record is changed, and the sentence changes with it."
+    def sentence(joint):
+        written(*(record("joint-10", s, v) for s, v in enumerate(joint)),
+                *(record("joint-none", s, v) for s, v in enumerate([2.0, 2.5, 5.5])))
+        return joint_answer("celeba64").sentence
+    better, worse, same = sentence([1.0, 1.5, 4.4]), sentence([3.0, 3.5, 6.6]), sentence([2.1, 2.4, 5.4])
+    assert better.startswith("-31 %") and "it helps" in better
+    assert worse.startswith("+31 %") and "does harm" in worse
+    assert "not told apart" in same
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_without_records_an_answer_says_what_is_missing(written, question):
+    written(record("ddpm"))
+    answer = question("celeba64")
+    assert "Not answered on celeba64" in answer.sentence and "hybridvae campaign" in answer.limit
+    assert answer.table is None and answer.question in str(answer)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_no_answer_names_a_number_that_its_table_does_not_rest_on(question):
+    answer = question("shapes")
+    assert answer.question.endswith("?") and answer.sentence.endswith(".")
+    assert (answer.table is None) == ("Not answered" in answer.sentence)
+
+
+def test_growth_under_noise_is_relative_to_each_seeds_own_distance(written):
+    robustness = {"n": 9, "levels": [0.0, 0.2], "noise on x̂": [2.0, 5.0], "noise on z": [2.0, 2.0]}
+    made = written(record("ddpm", robustness=robustness), record("ddpm", 1, robustness=robustness | {
+        "noise on x̂": [1.0, 4.0]}))
+    assert growth_under_noise(made) == {"DDPM": {0.0: [1.0, 1.0], 0.2: [2.5, 4.0]}}
+
+
+def test_all_kinds_of_quality_are_columns_of_the_committed_records():
+    frame = evaluation.measurements("cifar10")
+    assert set(QUALITY) <= set(frame.columns) and frame["FD"].notna().all()
