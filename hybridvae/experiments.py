@@ -416,21 +416,21 @@ _AGREES = {"condition_agreement": EVERY}
 
 def _fewer(*numbers: int) -> tuple[dict, ...]:
     "The main evaluation with so many components when sampling."
-    return tuple(MAIN | USUAL | {"components": k} for k in numbers)
+    return tuple(MAIN | EX_PDE | {"components": k} for k in numbers)
 
 
 PCA: tuple[Row, ...] = (
     Row("pca-k12", on=SHAPES, model=_PCA | {"components": 12}, train=_GO_ON, needs=_both("diffusevae-form1-z"),
-        evaluate=(MAIN | USUAL, *_fewer(1, 2, 4, 8), *(e | {"snr_from": 1.0} for e in _fewer(1, 4))), studies=_AGREES,
-        shared=_MEASURED),
-    Row("pca-k8", "pca-k12", model={"components": 8}, evaluate=(MAIN | USUAL,)),
+        evaluate=(MAIN | EX_PDE, MAIN, *_fewer(1, 2, 4, 8), *(e | {"snr_from": 1.0} for e in _fewer(1, 4))),
+        studies=_AGREES, shared=_MEASURED),
+    Row("pca-k8", "pca-k12", model={"components": 8}, evaluate=(MAIN | EX_PDE, MAIN)),
     Row("pca-k4", "pca-k8", model={"components": 4}),
     Row("pca-k2", "pca-k8", model={"components": 2}),
     Row("pca-k1", "pca-k8", model={"components": 1}),
     Row("pca-k4-high-snr", "pca-k4", model={"snr_from": 1.0}),
     Row("pca-k128", "pca-k12", on={"celeba64": 1}, model={"components": 128},
-        evaluate=(MAIN | USUAL, *(e | FEW for e in (MAIN | USUAL, *_fewer(8, 32, 64))))),
-    Row("pca-k64", "pca-k128", model={"components": 64}, evaluate=(MAIN | USUAL,)),
+        evaluate=(MAIN | EX_PDE, *(e | FEW for e in (MAIN | EX_PDE, *_fewer(8, 32, 64))))),
+    Row("pca-k64", "pca-k128", model={"components": 64}, evaluate=(MAIN | EX_PDE,)),
     Row("pca-k32", "pca-k64", model={"components": 32}),
 )
 
