@@ -254,7 +254,7 @@ Prior = Annotated[Fitted | None, typer.Option(
     help="draw codes from a prior fitted to those of --dataset: a mixture (ex-pde, mog), a VampPrior, a flow "
          "(realnvp, maf)")]
 Components = Annotated[int | None, typer.Option(
-    help="give a DiffuseVAE trained with --z the first so many principal components of the code, as those of --dataset")]
+    help="give a DiffuseVAE trained with --z only so many principal components of its code, as of --dataset")]
 First = Annotated[int, typer.Option(min=0, help="number of the first image: several machines can share a set")]
 Target = Annotated[Path, typer.Option(help="x.png or x.jpg: a grid; x.npz: an array; else a folder of PNG files")]
 SAMPLE_EXAMPLES = _examples(
