@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_MODULES', 'PUBLIC_NAMES', 'VAE', 'DDPM', 'DiffuseVAE', 'JointDiffuseVAE', 'AdaptiveDiffuseVAE',
-           'LatentDiffusion', 'LatentDiffuseVAE', 'DiffusersVAE', 'FeatureNetwork', 'Classifier', 'FaceEncoder',
-           'GaussianDiffusion', 'UNet', 'load', 'load_model', 'save_model', 'image_draws', 'show_images',
+           'LatentDiffusion', 'LatentDiffuseVAE', 'PCADiffuseVAE', 'DiffusersVAE', 'FeatureNetwork', 'Classifier',
+           'FaceEncoder', 'GaussianDiffusion', 'UNet', 'load', 'load_model', 'save_model', 'image_draws', 'show_images',
            'HybridVAEError', 'load_data', 'load_features', 'train', 'TrainConfig']
 
 # %% ../nbs/93_package.ipynb #cell-003
@@ -26,6 +26,7 @@ MODEL_MODULES = {  # model class: the module that defines it
     "AdaptiveDiffuseVAE": "adaptive",
     "LatentDiffusion": "latent",
     "LatentDiffuseVAE": "latent",
+    "PCADiffuseVAE": "pca_guidance",
     "FeatureNetwork": "features",
     "Classifier": "features",
     "FaceEncoder": "features",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from hybridvae.features import Classifier, FaceEncoder, FeatureNetwork, load_features
     from hybridvae.joint import JointDiffuseVAE
     from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
+    from hybridvae.pca_guidance import PCADiffuseVAE
     from hybridvae.training import TrainConfig, train
     from hybridvae.unet import DDPM, UNet
     from hybridvae.vae import VAE
@@ -62,8 +64,9 @@ if TYPE_CHECKING:
 # %% ../nbs/93_package.ipynb #cell-009
 _all_ = [  # nbdev adds them to `__all__`
     "VAE", "DDPM", "DiffuseVAE", "JointDiffuseVAE", "AdaptiveDiffuseVAE", "LatentDiffusion", "LatentDiffuseVAE",
-    "DiffusersVAE", "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model",
-    "save_model", "image_draws", "show_images", "HybridVAEError", "load_data", "load_features", "train", "TrainConfig",
+    "PCADiffuseVAE", "DiffusersVAE", "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load",
+    "load_model", "save_model", "image_draws", "show_images", "HybridVAEError", "load_data", "load_features", "train",
+    "TrainConfig",
 ]
 
 # %% ../nbs/93_package.ipynb #cell-010

@@ -701,7 +701,8 @@ def timed_evaluations(entries: list[Entry], every: bool = False) -> list[tuple[E
 
 # %% ../nbs/89_bench.ipynb #cell-064
 # options that the model's `sample` takes as they are
-PLAIN_OPTIONS = ("sampler", "steps", "guidance_weight", "refine_steps", "eta", "variance", "prior")
+PLAIN_OPTIONS = ("sampler", "steps", "guidance_weight", "refine_steps", "eta", "variance", "prior", "components",
+                 "snr_from")
 
 
 def sampler_of(

@@ -6,14 +6,14 @@
 __all__ = ['app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName', 'Sampler', 'Steps', 'Guidance', 'Seed', 'Batch', 'Grid',
            'Fitted', 'FittedTo', 'Precision', 'Compile', 'DataName', 'Source', 'NewName', 'ImageSize', 'Experiments',
            'Studied', 'TrainedOn', 'Kind', 'Preset', 'Small', 'Kimg', 'BatchSize', 'Rate', 'Form', 'CodeGuidance',
-           'OwnVae', 'FirstSeed', 'Folder', 'TRAIN_EXAMPLES', 'Number', 'RefineSteps', 'Prior', 'First', 'Target',
-           'SAMPLE_EXAMPLES', 'Given', 'HeldOut', 'AtMost', 'RECONSTRUCT_EXAMPLES', 'Varied', 'Seeds', 'TwoImages',
-           'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile', 'Compared', 'Drawn',
-           'Existing', 'Features', 'Inception', 'Measured', 'JsonFile', 'EVALUATE_EXAMPLES', 'Datasets', 'Patterns',
-           'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What',
-           'TimedOn', 'TimedOnly', 'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny',
-           'Results', 'BENCH_EXAMPLES', 'data', 'run', 'train', 'sample', 'reconstruct', 'interpolate', 'export',
-           'evaluate', 'campaign', 'bench', 'report', 'main']
+           'OwnVae', 'FirstSeed', 'Folder', 'TRAIN_EXAMPLES', 'Number', 'RefineSteps', 'Prior', 'Components', 'First',
+           'Target', 'SAMPLE_EXAMPLES', 'Given', 'HeldOut', 'AtMost', 'RECONSTRUCT_EXAMPLES', 'Varied', 'Seeds',
+           'TwoImages', 'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile',
+           'Compared', 'Drawn', 'Existing', 'Features', 'Inception', 'Measured', 'JsonFile', 'EVALUATE_EXAMPLES',
+           'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS',
+           'PROFILED', 'What', 'TimedOn', 'TimedOnly', 'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler',
+           'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES', 'data', 'run', 'train', 'sample', 'reconstruct',
+           'interpolate', 'export', 'evaluate', 'campaign', 'bench', 'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
@@ -253,11 +253,14 @@ RefineSteps = Annotated[int | None, typer.Option(
 Prior = Annotated[Fitted | None, typer.Option(
     help="draw codes from a prior fitted to those of --dataset: a mixture (ex-pde, mog), a VampPrior, a flow "
          "(realnvp, maf)")]
+Components = Annotated[int | None, typer.Option(
+    help="give a DiffuseVAE trained with --z only so many principal components of its code, as of --dataset")]
 First = Annotated[int, typer.Option(min=0, help="number of the first image: several machines can share a set")]
 Target = Annotated[Path, typer.Option(help="x.png or x.jpg: a grid; x.npz: an array; else a folder of PNG files")]
 SAMPLE_EXAMPLES = _examples(
     "sample --weights shapes-diffusevae --n 64 --out samples.png",
     "sample --weights shapes-vae --prior ex-pde --dataset shapes --n 2000 --out samples.npz",
+    "sample --weights my-hybrid/model.safetensors --components 4 --dataset shapes",
     "sample --weights runs/shapes/ddpm/seed0/model.safetensors --sampler ddim --steps 50 --out folder")
 
 # %% ../nbs/91_cli.ipynb #811d52fe
@@ -269,6 +272,7 @@ def sample(
     steps: Steps = 20,
     guidance_weight: Guidance = 1.0,
     refine_steps: RefineSteps = None,
+    components: Components = None,
     prior: Prior = None,
     dataset: FittedTo = "",
     seed: Seed = 0,
@@ -280,13 +284,16 @@ def sample(
 ):
     "Draw new images from trained weights."
     from hybridvae.core import HybridVAEError
-    from hybridvae.generators import checked_options, fitted_prior, sample_batches
+    from hybridvae.generators import checked_options, fitted_prior, projected, sample_batches
     from hybridvae.images import check_target, write_images
 
     check_target(out, grid_only=False)
-    _both_or_neither(prior, dataset)
+    if components is None or prior:
+        _both_or_neither(prior, dataset)
     model = _ready(weights, cpu)
     options = checked_options(model, sampler, steps, guidance_weight)
+    if components is not None:
+        model = projected(model, components, dataset)
     if refine_steps is not None:
         if not (hasattr(model, "latent") and hasattr(model, "refine")):
             raise HybridVAEError(f"--refine-steps is for the weights of a LatentDiffuseVAE, and these are of a "

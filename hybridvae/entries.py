@@ -16,7 +16,8 @@ from .training import TrainConfig
 
 # %% ../nbs/00i_entries.ipynb #c7c2053b
 OPTIONS = ("sampler", "steps", "n", "prior", "guidance_weight", "eta", "variance",
-           "uncertainty", "strength", "start", "ramp", "shuffled", "refine_steps")  # what an evaluation may ask for
+           "uncertainty", "strength", "start", "ramp", "shuffled", "refine_steps",
+           "components", "snr_from")  # what an evaluation may ask for
 
 
 def options_of(evaluation: dict) -> dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Scope', 'FIRST', 'EVERY', 'PHOTOGRAPHS', 'THREE', 'ONE', 'ALL', 'SHAPES', 'ONCE', 'CPU', 'CPU_ONE', 'FULL',
            'ONE_SHOT', 'MAIN', 'FEW', 'USUAL', 'EX_PDE', 'ANCESTRAL', 'CURVE', 'VAE_EVALUATIONS', 'PLAIN_EVALUATIONS',
-           'HYBRID_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT', 'ADAPTIVE_EVALUATIONS', 'ADAPTIVE', 'LATENT',
+           'HYBRID_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT', 'ADAPTIVE_EVALUATIONS', 'ADAPTIVE', 'LATENT', 'PCA',
            'TABLES', 'Row', 'filled', 'inherited', 'in_place', 'entry_of', 'entries_of']
 
 # %% ../nbs/80_experiments.ipynb #afbb745c
@@ -409,8 +409,43 @@ LATENT += (
         needs={**_both("diffusevae-form1-cpu"), "latent": "latent-mlp-long-cpu"}),
 )
 
+# %% ../nbs/80_experiments.ipynb #d2cc243c
+_PCA: dict = {"model": "PCADiffuseVAE", **_PAIR, "z_guidance": True}
+_AGREES = {"condition_agreement": EVERY}
+
+
+def _fewer(*numbers: int) -> tuple[dict, ...]:
+    "The main evaluation with so many components when sampling."
+    return tuple(MAIN | EX_PDE | {"components": k} for k in numbers)
+
+
+PCA: tuple[Row, ...] = (
+    Row("pca-k12", on=SHAPES, model=_PCA | {"components": 12}, train=_GO_ON, needs=_both("diffusevae-form1-z"),
+        evaluate=(MAIN | EX_PDE, MAIN, *_fewer(1, 2, 4, 8), *(e | {"snr_from": 1.0} for e in _fewer(1, 4))),
+        studies=_AGREES, shared=_MEASURED),
+    Row("pca-k8", "pca-k12", model={"components": 8}, evaluate=(MAIN | EX_PDE, MAIN)),
+    Row("pca-k4", "pca-k8", model={"components": 4}),
+    Row("pca-k2", "pca-k8", model={"components": 2}),
+    Row("pca-k1", "pca-k8", model={"components": 1}),
+    Row("pca-k4-high-snr", "pca-k4", model={"snr_from": 1.0}),
+    Row("pca-k128", "pca-k12", on={"celeba64": 1}, model={"components": 128},
+        evaluate=(MAIN | EX_PDE, *(e | FEW for e in (MAIN | EX_PDE, *_fewer(8, 32, 64))))),
+    Row("pca-k64", "pca-k128", model={"components": 64}, evaluate=(MAIN | EX_PDE,)),
+    Row("pca-k32", "pca-k64", model={"components": 32}),
+)
+
+# %% ../nbs/80_experiments.ipynb #4bf37891
+_PCA_CPU = Row("", on={"celeba64-cpu": 1}, train=_GO_ON | {"times_kimg": 0.25}, needs=_both("diffusevae-form1-z-cpu"))
+
+PCA += (
+    Row("pca-k128-cpu", "pca-k128", shared=_PCA_CPU),
+    Row("pca-k64-cpu", "pca-k64", shared=_PCA_CPU),
+    Row("pca-k32-cpu", "pca-k32", shared=_PCA_CPU),
+)
+
 # %% ../nbs/80_experiments.ipynb #55e6c93f
-TABLES = {"diffusevae": DIFFUSEVAE + TRIALS, "joint": JOINT, "adaptive": ADAPTIVE, "latent": LATENT}  # module: its rows
+TABLES = {"diffusevae": DIFFUSEVAE + TRIALS, "joint": JOINT, "adaptive": ADAPTIVE, "latent": LATENT,
+          "pca_guidance": PCA}  # module: its rows
 
 # %% ../nbs/80_experiments.ipynb #2174e628
 def filled(name: str) -> Row:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_FITTED', 'load_generator', 'user_errors', 'computing_on', 'checked_options', 'data_for', 'code_model',
-           'sample_batches', 'fitted_prior', 'reconstruction_rows', 'path_ends', 'path_rows', 'Subject',
+           'sample_batches', 'fitted_prior', 'projected', 'reconstruction_rows', 'path_ends', 'path_rows', 'Subject',
            'subject_of_weights', 'subject_of_images', 'measuring_networks', 'measure_subject', 'metric_lines',
            'write_evaluation']
 
@@ -28,6 +28,7 @@ from .features import (FEATURE_DATASETS, FEATURE_WEIGHTS, is_feature_network, lo
                                 weights_folder)
 from .images import image_batches
 from .metrics import ImageStatistics, compare, describe, load_inception, slerp
+from .pca_guidance import PCADiffuseVAE, with_components
 from .runs import evaluate
 from .training import autocast, choose_precision
 
@@ -144,6 +145,21 @@ def fitted_prior(model, prior: str, dataset: str, seed: int):
         raise HybridVAEError(f"{dataset} has {len(data)} training images, too few to fit a prior to: use a data set "
                              "with at least ten.")
     return model.sampling_options({"prior": prior}, data, seed)["prior"]
+
+# %% ../nbs/90b_generators.ipynb #c3176d8c
+def projected(model, components: int, dataset: str = ""):
+    """The model given the first components of its code when it samples; its weights are shared.
+
+    They are those of the training images of a data set, or the own ones of a `PCADiffuseVAE`, which needs none. Raises
+    `HybridVAEError` where they are missing, for a model without z guidance, and for a number out of range.
+    """
+    if not dataset and not isinstance(model, PCADiffuseVAE):
+        raise HybridVAEError(f"--components needs --dataset, whose images' codes have them: weights of a "
+                             f"{type(model).__name__} hold none.")
+    with user_errors():
+        if isinstance(model, PCADiffuseVAE):
+            return model.keeping(components)
+        return with_components(model, data_for(model, dataset, "train"), components)
 
 # %% ../nbs/90b_generators.ipynb #ef70e851
 def reconstruction_rows(

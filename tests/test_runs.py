@@ -243,7 +243,7 @@ def test_an_evaluation_with_an_option_that_no_model_knows_is_refused():
 
 
 def test_every_option_of_an_evaluation_is_an_argument_of_some_model():
-    known = {name for module in ("diffusion", "diffusevae", "adaptive", "latent")
+    known = {name for module in ("diffusion", "diffusevae", "adaptive", "latent", "pca_guidance")
              for part in vars(importlib.import_module(f"hybridvae.{module}")).values() if inspect.isclass(part)
              for method in vars(part).values() if inspect.isfunction(method)
              for name in inspect.signature(method).parameters}
