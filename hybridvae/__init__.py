@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODEL_MODULES', 'PUBLIC_NAMES', 'VAE', 'DDPM', 'DiffuseVAE', 'JointDiffuseVAE', 'AdaptiveDiffuseVAE',
-           'LatentDiffusion', 'LatentDiffuseVAE', 'DiffusersVAE', 'FeatureNetwork', 'Classifier', 'FaceEncoder',
-           'GaussianDiffusion', 'UNet', 'load', 'load_model', 'save_model', 'image_draws', 'show_images',
-           'HybridVAEError', 'load_data', 'load_features', 'train', 'TrainConfig']
+           'LatentDiffusion', 'LatentDiffuseVAE', 'DistilledDDPM', 'DistilledDiffuseVAE', 'DiffusersVAE',
+           'FeatureNetwork', 'Classifier', 'FaceEncoder', 'GaussianDiffusion', 'UNet', 'load', 'load_model',
+           'save_model', 'image_draws', 'show_images', 'HybridVAEError', 'load_data', 'load_features', 'train',
+           'TrainConfig']
 
 # %% ../nbs/93_package.ipynb #cell-003
 #| code-fold: true
@@ -26,6 +27,8 @@ MODEL_MODULES = {  # model class: the module that defines it
     "AdaptiveDiffuseVAE": "adaptive",
     "LatentDiffusion": "latent",
     "LatentDiffuseVAE": "latent",
+    "DistilledDDPM": "distillation",
+    "DistilledDiffuseVAE": "distillation",
     "FeatureNetwork": "features",
     "Classifier": "features",
     "FaceEncoder": "features",
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from hybridvae.data import load_data
     from hybridvae.diffusevae import DiffusersVAE, DiffuseVAE
     from hybridvae.diffusion import GaussianDiffusion
+    from hybridvae.distillation import DistilledDDPM, DistilledDiffuseVAE
     from hybridvae.features import Classifier, FaceEncoder, FeatureNetwork, load_features
     from hybridvae.joint import JointDiffuseVAE
     from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
@@ -62,7 +66,7 @@ if TYPE_CHECKING:
 # %% ../nbs/93_package.ipynb #cell-009
 _all_ = [  # nbdev adds them to `__all__`
     "VAE", "DDPM", "DiffuseVAE", "JointDiffuseVAE", "AdaptiveDiffuseVAE", "LatentDiffusion", "LatentDiffuseVAE",
-    "DiffusersVAE", "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model",
+    "DistilledDDPM", "DistilledDiffuseVAE", "DiffusersVAE", "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model",
     "save_model", "image_draws", "show_images", "HybridVAEError", "load_data", "load_features", "train", "TrainConfig",
 ]
 
