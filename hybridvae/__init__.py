@@ -66,8 +66,9 @@ if TYPE_CHECKING:
 # %% ../nbs/93_package.ipynb #cell-009
 _all_ = [  # nbdev adds them to `__all__`
     "VAE", "DDPM", "DiffuseVAE", "JointDiffuseVAE", "AdaptiveDiffuseVAE", "LatentDiffusion", "LatentDiffuseVAE",
-    "DistilledDDPM", "DistilledDiffuseVAE", "DiffusersVAE", "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model",
-    "save_model", "image_draws", "show_images", "HybridVAEError", "load_data", "load_features", "train", "TrainConfig",
+    "DistilledDDPM", "DistilledDiffuseVAE", "DiffusersVAE", "FeatureNetwork", "Classifier", "FaceEncoder",
+    "GaussianDiffusion", "UNet", "load", "load_model", "save_model", "image_draws", "show_images", "HybridVAEError",
+    "load_data", "load_features", "train", "TrainConfig",
 ]
 
 # %% ../nbs/93_package.ipynb #cell-010

@@ -10,7 +10,7 @@ __all__ = ['STUDENTS', 'GO_ON', 'second_weight', 'TwoSteps', 'StudentParts', 'St
 #| code-fold: true
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ class StudentTraining(StudentTeaching):
 class Student(StudentTraining):
     "What training and run records ask of a student beside its loss."
 
-    likelihood_bound = None  # of all timesteps: a student knows its own alone
+    likelihood_bound: Any = None  # of all timesteps: a student knows its own alone
 
     def networks(self) -> list[nn.Module]:
         "The parts that are worth compiling, and the teacher."
@@ -215,7 +215,8 @@ def ladder(start: int, last: int = 1) -> list[int]:
     """
     rungs = [start // 2**k for k in range(1, start.bit_length())]
     if last not in rungs or start != last * (start // last) or (start // last) & (start // last - 1):
-        raise HybridVAEError(f"halving does not lead from {start} steps to {last}: start at {last} times a power of two.")
+        raise HybridVAEError(f"halving does not lead from {start} steps to {last}: start at {last} times a power of "
+                             "two.")
     return rungs[:rungs.index(last) + 1]
 
 # %% ../nbs/05b_distillation.ipynb #d15b001a

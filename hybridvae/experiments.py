@@ -444,7 +444,7 @@ DISTILL: tuple[Row, ...] = (
 # %% ../nbs/80_experiments.ipynb #44ace73e
 _OF_TWO = {"form": 2}
 _FACES = Row("", on={"celeba64-cpu": 1}, shared=_MEASURED)
-_FEWER = (FEW | {"sampler": "ddim", "steps": 16}, *(e | FEW for e in _SEVERAL[:4]))  # at 8 and 4 steps
+_FEWER = (_in(16) | FEW, *(e | FEW for e in _SEVERAL[:4]))  # at 8 and 4 steps
 
 DISTILL += (
     Row("distill-form2", "distill-form1", on=ONCE, model=_OF_TWO, needs=_both("diffusevae-form2")),

@@ -84,8 +84,8 @@ FAULTS = [
     Fault("a fitted prior outlives its weights", "vae.py", "_Fit(name, weights_hash(self), own", '_Fit(name, "", own',
           "test_priors.py::test_a_prior_fitted_by_name_knows_the_codes_better_than_the_vaes_own_and_follows_the_seed"),
     # distillation
-    Fault("the first prediction for the weighted mean", "distillation.py", "return w * predict(y_m, middle) + (1 - w) * x1",
-          "return x1",
+    Fault("the first prediction for the weighted mean", "distillation.py",
+          "return w * predict(y_m, middle) + (1 - w) * x1", "return x1",
           "test_distillation.py::test_a_trained_linear_student_does_in_one_step_what_its_linear_teacher_does_in_two"),
     Fault("weights of the two predictions exchanged", "distillation.py", "w * predict(y_m, middle) + (1 - w) * x1",
           "(1 - w) * predict(y_m, middle) + w * x1",
