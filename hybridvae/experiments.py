@@ -444,7 +444,8 @@ DISTILL: tuple[Row, ...] = (
 # %% ../nbs/80_experiments.ipynb #44ace73e
 _OF_TWO = {"form": 2}
 _FACES = Row("", on={"celeba64-cpu": 1}, shared=_MEASURED)
-_FEWER = (_in(16) | FEW, *(e | FEW for e in _SEVERAL[:4]))  # at 8 and 4 steps
+_FEWER: tuple[dict, ...] = tuple(_in(k) | FEW | {"sampler": name} for name, k in (
+    ("ddim", 16), ("ddim", 8), ("dpmpp", 8), ("ddim", 4), ("dpmpp", 4)))
 
 DISTILL += (
     Row("distill-form2", "distill-form1", on=ONCE, model=_OF_TWO, needs=_both("diffusevae-form2")),
