@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODEL_MODULES', 'PUBLIC_NAMES', 'VAE', 'DDPM', 'DiffuseVAE', 'JointDiffuseVAE', 'AdaptiveDiffuseVAE',
-           'LatentDiffusion', 'LatentDiffuseVAE', 'PCADiffuseVAE', 'DiffusersVAE', 'FeatureNetwork', 'Classifier',
-           'FaceEncoder', 'GaussianDiffusion', 'UNet', 'load', 'load_model', 'save_model', 'image_draws', 'show_images',
-           'HybridVAEError', 'load_data', 'load_features', 'train', 'TrainConfig']
+           'LatentDiffusion', 'LatentDiffuseVAE', 'DistilledDDPM', 'DistilledDiffuseVAE', 'PCADiffuseVAE',
+           'DiffusersVAE', 'FeatureNetwork', 'Classifier', 'FaceEncoder', 'GaussianDiffusion', 'UNet', 'load',
+           'load_model', 'save_model', 'image_draws', 'show_images', 'HybridVAEError', 'load_data', 'load_features',
+           'train', 'TrainConfig']
 
 # %% ../nbs/93_package.ipynb #cell-003
 #| code-fold: true
@@ -26,6 +27,8 @@ MODEL_MODULES = {  # model class: the module that defines it
     "AdaptiveDiffuseVAE": "adaptive",
     "LatentDiffusion": "latent",
     "LatentDiffuseVAE": "latent",
+    "DistilledDDPM": "distillation",
+    "DistilledDiffuseVAE": "distillation",
     "PCADiffuseVAE": "pca_guidance",
     "FeatureNetwork": "features",
     "Classifier": "features",
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from hybridvae.data import load_data
     from hybridvae.diffusevae import DiffusersVAE, DiffuseVAE
     from hybridvae.diffusion import GaussianDiffusion
+    from hybridvae.distillation import DistilledDDPM, DistilledDiffuseVAE
     from hybridvae.features import Classifier, FaceEncoder, FeatureNetwork, load_features
     from hybridvae.joint import JointDiffuseVAE
     from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
@@ -64,9 +68,9 @@ if TYPE_CHECKING:
 # %% ../nbs/93_package.ipynb #cell-009
 _all_ = [  # nbdev adds them to `__all__`
     "VAE", "DDPM", "DiffuseVAE", "JointDiffuseVAE", "AdaptiveDiffuseVAE", "LatentDiffusion", "LatentDiffuseVAE",
-    "PCADiffuseVAE", "DiffusersVAE", "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load",
-    "load_model", "save_model", "image_draws", "show_images", "HybridVAEError", "load_data", "load_features", "train",
-    "TrainConfig",
+    "DistilledDDPM", "DistilledDiffuseVAE", "PCADiffuseVAE", "DiffusersVAE", "FeatureNetwork", "Classifier",
+    "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model", "save_model", "image_draws", "show_images",
+    "HybridVAEError", "load_data", "load_features", "train", "TrainConfig",
 ]
 
 # %% ../nbs/93_package.ipynb #cell-010

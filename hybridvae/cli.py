@@ -6,14 +6,15 @@
 __all__ = ['app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName', 'Sampler', 'Steps', 'Guidance', 'Seed', 'Batch', 'Grid',
            'Fitted', 'FittedTo', 'Precision', 'Compile', 'DataName', 'Source', 'NewName', 'ImageSize', 'Experiments',
            'Studied', 'TrainedOn', 'Kind', 'Preset', 'Small', 'Kimg', 'BatchSize', 'Rate', 'Form', 'CodeGuidance',
-           'OwnVae', 'FirstSeed', 'Folder', 'TRAIN_EXAMPLES', 'Number', 'RefineSteps', 'Prior', 'Components', 'First',
-           'Target', 'SAMPLE_EXAMPLES', 'Given', 'HeldOut', 'AtMost', 'RECONSTRUCT_EXAMPLES', 'Varied', 'Seeds',
-           'TwoImages', 'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile',
-           'Compared', 'Drawn', 'Existing', 'Features', 'Inception', 'Measured', 'JsonFile', 'EVALUATE_EXAMPLES',
-           'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS',
-           'PROFILED', 'What', 'TimedOn', 'TimedOnly', 'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler',
-           'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES', 'data', 'run', 'train', 'sample', 'reconstruct',
-           'interpolate', 'export', 'evaluate', 'campaign', 'bench', 'report', 'main']
+           'OwnVae', 'FirstSeed', 'Folder', 'TRAIN_EXAMPLES', 'Teacher', 'Fewest', 'Start', 'TaughtOn', 'RungKimg',
+           'Rungs', 'DISTILL_EXAMPLES', 'Number', 'RefineSteps', 'Prior', 'Components', 'First', 'Target',
+           'SAMPLE_EXAMPLES', 'Given', 'HeldOut', 'AtMost', 'RECONSTRUCT_EXAMPLES', 'Varied', 'Seeds', 'TwoImages',
+           'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile', 'Compared', 'Drawn',
+           'Existing', 'Features', 'Inception', 'Measured', 'JsonFile', 'EVALUATE_EXAMPLES', 'Datasets', 'Patterns',
+           'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What',
+           'TimedOn', 'TimedOnly', 'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny',
+           'Results', 'BENCH_EXAMPLES', 'data', 'run', 'train', 'distill', 'sample', 'reconstruct', 'interpolate',
+           'export', 'evaluate', 'campaign', 'bench', 'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
@@ -45,8 +46,10 @@ Minutes = Annotated[float | None, typer.Option(min=0, help="stop after so long; 
 Cpu = Annotated[bool, typer.Option("--cpu", help="do not use a GPU")]
 Weights = Annotated[str, typer.Option(help="a .safetensors file, or a shipped name such as shapes-diffusevae")]
 SamplerName = Literal["ancestral", "ddim", "dpmpp"]
-Sampler = Annotated[SamplerName, typer.Option(help="of diffusion models; a VAE has none and ignores it")]
-Steps = Annotated[int, typer.Option(help="evaluations of the network for an image, 1 to 1000")]
+Sampler = Annotated[SamplerName | None, typer.Option(
+    help="of diffusion models, usually dpmpp, of distilled ones ddim; a VAE has none and ignores it")]
+Steps = Annotated[int | None, typer.Option(
+    help="evaluations of the network for an image, 1 to 1000; usually 20, or those of a distilled model")]
 Guidance = Annotated[float, typer.Option(
     help="of models trained with cond_dropout: 1 none, above 1 follows x̂ more closely")]
 Seed = Annotated[int, typer.Option(min=0, help="of all that is drawn at random: the same seed gives the same images")]
@@ -237,6 +240,49 @@ def _what_comes_next(folder: Path) -> str:
     following = ["hybridvae", "sample", "--weights", str(weights), "--n", "64", "--out", str(folder / "more.png")]
     return f"weights: {weights}\nsamples: {folder / 'samples.png'}\nnext: {shlex.join(following)}"
 
+# %% ../nbs/91_cli.ipynb #9a43b55c
+Teacher = Annotated[str, typer.Option("--weights", help="of a DDPM, a DiffuseVAE or a distilled one: a file, or a "
+                                                        "shipped name such as shapes-diffusevae")]
+Fewest = Annotated[int, typer.Option(min=1, help="of the last student: half, a quarter, ... of --start")]
+Start = Annotated[int, typer.Option(min=2, help="steps of the first teacher; of distilled weights their own")]
+TaughtOn = Annotated[str, typer.Option("--dataset", help="the images that the weights were trained on")]
+RungKimg = Annotated[float | None, typer.Option("--kimg", help="how long each rung: thousands of images seen")]
+Rungs = Annotated[Path, typer.Option(help="folder for all rungs, each in one of its own")]
+DISTILL_EXAMPLES = _examples(
+    "distill --weights shapes-diffusevae --steps 8 --dataset shapes --out few --kimg 2 --cpu",
+    "distill --weights few/8/model.safetensors --steps 2 --dataset shapes --out fewer --cpu")
+
+# %% ../nbs/91_cli.ipynb #baba3355
+@app.command(epilog=DISTILL_EXAMPLES)
+def distill(
+    weights: Teacher,
+    dataset: TaughtOn,
+    steps: Fewest = 4,
+    start: Start = 64,
+    kimg: RungKimg = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    preset: Preset = "",
+    seed: FirstSeed = 0,
+    out: Rungs = Path("distilled"),
+    minutes: Minutes = None,
+    cpu: Cpu = False,
+    precision: Precision = "auto",
+    compile_: Compile = "auto",
+):
+    "Make a sampler of few steps from trained weights, or continue."
+    from hybridvae.custom import OwnDistillation, distill_own
+    from hybridvae.runs import Clock
+
+    clock = Clock(minutes)
+    options = {"kimg": kimg, "batch_size": batch_size, "lr": lr}
+    changes = {name: value for name, value in options.items() if value is not None}
+    wanted = OwnDistillation(weights, dataset, out, steps, start, preset, changes, seed, cpu)
+    if distill_own(wanted, clock) is None:
+        print(f"stopped after {minutes:g} minutes; the same command continues.")
+    else:
+        print(_what_comes_next(out / str(steps)))
+
 # %% ../nbs/91_cli.ipynb #f6b510e4
 def _ready(weights: str, cpu: bool):
     "The generator in a weights file, after printing in which precision and on what it will work."
@@ -268,8 +314,8 @@ SAMPLE_EXAMPLES = _examples(
 def sample(
     weights: Weights,
     n: Number = 16,
-    sampler: Sampler = "dpmpp",
-    steps: Steps = 20,
+    sampler: Sampler = None,
+    steps: Steps = None,
     guidance_weight: Guidance = 1.0,
     refine_steps: RefineSteps = None,
     components: Components = None,
@@ -320,8 +366,8 @@ def reconstruct(
     images: Given = None,
     dataset: HeldOut = "",
     n: AtMost = 8,
-    sampler: Sampler = "dpmpp",
-    steps: Steps = 20,
+    sampler: Sampler = None,
+    steps: Steps = None,
     guidance_weight: Guidance = 1.0,
     seed: Seed = 0,
     out: Grid = Path("reconstructions.png"),
@@ -369,8 +415,8 @@ def interpolate(
     seeds: Seeds = (0, 1),
     images: TwoImages = None,
     n: OnPath = 10,
-    sampler: Sampler = "dpmpp",
-    steps: Steps = 20,
+    sampler: Sampler = None,
+    steps: Steps = None,
     guidance_weight: Guidance = 1.0,
     seed: FixedSeed = 0,
     out: Grid = Path("interpolation.png"),
@@ -466,8 +512,8 @@ def evaluate(
     features: Features = "",
     inception: Inception = None,
     n: Measured = None,
-    sampler: Sampler = "dpmpp",
-    steps: Steps = 20,
+    sampler: Sampler = None,
+    steps: Steps = None,
     guidance_weight: Guidance = 1.0,
     seed: Seed = 0,
     batch: Batch = 250,

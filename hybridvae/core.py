@@ -172,6 +172,12 @@ class Recorded(nn.Module):
         "Pictures beside a run record: name -> n uncurated images; options as in `sample`."
         return {"": self.sample(n, generator=generator, **options)}
 
+    def keep_start(self) -> None:
+        """Called before a training and before its continuation, while the weights are those that the run began with.
+
+        A model that needs them later, as a student its teacher, copies them here.
+        """
+
     def stop_reason(self, history: list[dict]) -> str | None:
         "Why training should end here, in words, from the points of its history so far; None to go on."
         return None

@@ -42,7 +42,7 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 # %% ../nbs/00e_diffusion.ipynb #cell-010
 PREDICTIONS = ("eps", "v", "x0")
-WEIGHTINGS = ("simple", "min_snr", "uniform", "v", "bound")
+WEIGHTINGS = ("simple", "min_snr", "uniform", "v", "truncated_snr", "bound")
 SAMPLERS = ("ancestral", "ddim", "dpmpp")
 _VARIANCES = ("small", "large")  # of ancestral sampling and the bound
 
@@ -121,7 +121,7 @@ def loss_weights(alphas_cumprod: np.ndarray, prediction: str, weighting: str, ga
     before = np.append(np.inf, snr[:-1])  # of the step before; the first step ends in a Gaussian of variance 1 - ᾱ₀
     gain = np.where(np.isinf(before), 1 / (1 - alphas_cumprod), before - snr)
     of_x0 = {"simple": snr, "min_snr": np.minimum(snr, gamma), "uniform": np.ones_like(snr), "v": snr + 1,
-             "bound": len(alphas_cumprod) / 2 * gain}
+             "truncated_snr": np.maximum(snr, 1), "bound": len(alphas_cumprod) / 2 * gain}
     # an error e in x₀ is an error √SNR e in ε, and √(SNR + 1) e in v
     return of_x0[weighting] / {"eps": snr, "v": snr + 1, "x0": np.ones_like(snr)}[prediction]
 

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'Scope', 'FIRST', 'EVERY', 'PHOTOGRAPHS', 'THREE', 'ONE', 'ALL', 'SHAPES', 'ONCE', 'CPU', 'CPU_ONE', 'FULL',
            'ONE_SHOT', 'MAIN', 'FEW', 'USUAL', 'EX_PDE', 'ANCESTRAL', 'CURVE', 'VAE_EVALUATIONS', 'PLAIN_EVALUATIONS',
            'HYBRID_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT', 'ADAPTIVE_EVALUATIONS', 'ADAPTIVE', 'LATENT', 'PCA',
-           'TABLES', 'Row', 'filled', 'inherited', 'in_place', 'entry_of', 'entries_of']
+           'DISTILL', 'TABLES', 'Row', 'filled', 'inherited', 'in_place', 'entry_of', 'entries_of']
 
 # %% ../nbs/80_experiments.ipynb #afbb745c
 #| code-fold: true
@@ -14,6 +14,7 @@ import dataclasses
 
 from .adaptive import STRATEGIES
 from .core import HybridVAEError
+from .distillation import GO_ON
 from .entries import Entry
 
 # %% ../nbs/80_experiments.ipynb #f75e6821
@@ -443,9 +444,74 @@ PCA += (
     Row("pca-k32-cpu", "pca-k32", shared=_PCA_CPU),
 )
 
+# %% ../nbs/80_experiments.ipynb #3a09247d
+_SEVERAL = tuple({"sampler": sampler, "steps": k, "n": "n"} for k in (8, 4, 2) for sampler in ("ddim", "dpmpp"))
+_ALONE = (MAIN, *_SEVERAL, MAIN | {"sampler": "ddim", "steps": 1}, MAIN | {"sampler": "ddim", "steps": 64})
+_LEARNS = {"part": "diffusion", "weighting": "truncated_snr"}
+_RUNG: dict = {"part": "train", **{f"times_{key}": times for key, times in GO_ON.items()}}
+
+
+def _mixed(*evaluations: dict) -> tuple[dict, ...]:
+    return tuple(e | EX_PDE for e in evaluations)
+
+
+def _in(steps: int) -> dict:
+    return {"sampler": "ddim", "steps": steps, "n": "n"}
+
+
+DISTILL: tuple[Row, ...] = (
+    Row("distill-form1", on={"shapes": 3, "cifar10": 1}, model={"model": "DiffuseVAE", **_PAIR}, train={},
+        needs=_both("diffusevae-form1"), evaluate=_mixed(*_ALONE), shared=_MEASURED),
+    Row("distill-form1-32", on={"shapes": 3, "cifar10": 1}, train=_RUNG, needs=_both("diffusevae-form1"), evaluate=(),
+        model={"model": "DistilledDiffuseVAE", **_PAIR, "diffusion": _LEARNS, "steps": 32}, shared=_MEASURED),
+    Row("distill-form1-16", "distill-form1-32", model={"steps": 16}, needs=_both("distill-form1-32")),
+    Row("distill-form1-8", "distill-form1-16", model={"steps": 8}, needs=_both("distill-form1-16"),
+        evaluate=_mixed(_in(8))),
+    Row("distill-form1-4", "distill-form1-8", model={"steps": 4}, needs=_both("distill-form1-8"),
+        evaluate=_mixed(_in(4))),
+    Row("distill-form1-2", "distill-form1-4", model={"steps": 2}, needs=_both("distill-form1-4"),
+        evaluate=_mixed(_in(2))),
+    Row("distill-form1-1", "distill-form1-2", model={"steps": 1}, needs=_both("distill-form1-2"),
+        evaluate=_mixed(_in(1))),
+)
+
+# %% ../nbs/80_experiments.ipynb #44ace73e
+_OF_TWO = {"form": 2}
+_FACES = Row("", on={"celeba64-cpu": 1}, shared=_MEASURED)
+_FEWER: tuple[dict, ...] = tuple(_in(k) | FEW | {"sampler": name} for name, k in (
+    ("ddim", 16), ("ddim", 8), ("dpmpp", 8), ("ddim", 4), ("dpmpp", 4)))
+
+DISTILL += (
+    Row("distill-form2", "distill-form1", on=ONCE, model=_OF_TWO, needs=_both("diffusevae-form2")),
+    Row("distill-form2-32", "distill-form1-32", on=ONCE, model=_OF_TWO, needs=_both("diffusevae-form2")),
+    Row("distill-form2-16", "distill-form1-16", on=ONCE, model=_OF_TWO, needs=_both("distill-form2-32")),
+    Row("distill-form2-8", "distill-form1-8", on=ONCE, model=_OF_TWO, needs=_both("distill-form2-16")),
+    Row("distill-form2-4", "distill-form1-4", on=ONCE, model=_OF_TWO, needs=_both("distill-form2-8")),
+    Row("distill-form2-2", "distill-form1-2", on=ONCE, model=_OF_TWO, needs=_both("distill-form2-4")),
+    Row("distill-form2-1", "distill-form1-1", on=ONCE, model=_OF_TWO, needs=_both("distill-form2-2")),
+    Row("distill-form1-z-cpu", "distill-form1", model={"z_guidance": True}, needs=_both("diffusevae-form1-z-cpu"),
+        evaluate=_mixed(*_FEWER), shared=_FACES),
+    Row("distill-form1-z-8-cpu", "distill-form1-8", model={"z_guidance": True}, needs=_both("diffusevae-form1-z-cpu"),
+        evaluate=_mixed(_in(8) | FEW), shared=_FACES),
+    Row("distill-form1-z-4-cpu", "distill-form1-4", model={"z_guidance": True}, needs=_both("distill-form1-z-8-cpu"),
+        evaluate=_mixed(_in(4) | FEW), shared=_FACES),
+)
+
+# %% ../nbs/80_experiments.ipynb #d7ce09f1
+DISTILL += (
+    Row("distill-ddpm", "ddpm", on=SHAPES, train={}, needs={"unet": "ddpm"}, evaluate=_ALONE, studies={}, half={}),
+    Row("distill-ddpm-32", on=SHAPES, train=_RUNG, needs={"unet": "ddpm"}, evaluate=(), shared=_MEASURED,
+        model={"model": "DistilledDDPM", "unet": {"part": "unet"}, "diffusion": _LEARNS, "steps": 32}),
+    Row("distill-ddpm-16", "distill-ddpm-32", model={"steps": 16}, needs={"unet": "distill-ddpm-32"}),
+    Row("distill-ddpm-8", "distill-ddpm-16", model={"steps": 8}, needs={"unet": "distill-ddpm-16"}, evaluate=(_in(8),)),
+    Row("distill-ddpm-4", "distill-ddpm-8", model={"steps": 4}, needs={"unet": "distill-ddpm-8"}, evaluate=(_in(4),)),
+    Row("distill-ddpm-2", "distill-ddpm-4", model={"steps": 2}, needs={"unet": "distill-ddpm-4"}, evaluate=(_in(2),)),
+    Row("distill-ddpm-1", "distill-ddpm-2", model={"steps": 1}, needs={"unet": "distill-ddpm-2"}, evaluate=(_in(1),)),
+)
+
 # %% ../nbs/80_experiments.ipynb #55e6c93f
 TABLES = {"diffusevae": DIFFUSEVAE + TRIALS, "joint": JOINT, "adaptive": ADAPTIVE, "latent": LATENT,
-          "pca_guidance": PCA}  # module: its rows
+          "distillation": DISTILL, "pca_guidance": PCA}  # module: its rows
 
 # %% ../nbs/80_experiments.ipynb #2174e628
 def filled(name: str) -> Row:

@@ -77,14 +77,16 @@ def computing_on(device: torch.device) -> str:
 # %% ../nbs/90b_generators.ipynb #da0495b8
 def checked_options(
     model,  # a generator
-    sampler: str,  # ancestral, ddim or dpmpp
-    steps: int,  # evaluations of the network, 1 to 1000
+    sampler: str | None = None,  # ancestral, ddim or dpmpp; None: dpmpp, or that of a distilled model, ddim
+    steps: int | None = None,  # evaluations of the network, 1 to 1000; None: 20, or those of a distilled model
     guidance_weight: float = 1.0,  # 1: no guidance
 ) -> dict:
     """These options as arguments of the model's `sample` and `refine`.
 
     Raises `HybridVAEError` for a number of steps out of range, and for guidance of a model trained without it.
     """
+    own = getattr(model, "steps", None)  # of a distilled model
+    sampler, steps = sampler or ("ddim" if own else "dpmpp"), own or 20 if steps is None else steps
     if hasattr(model, "diffusion"):
         with user_errors():
             model.diffusion.timestep_grid(steps)
@@ -246,7 +248,7 @@ class Subject:
     options: dict = dataclasses.field(default_factory=dict)  # sampler and steps of a generator
 
 
-def subject_of_weights(model, dataset: str, n: int | None, sampler: str, steps: int,
+def subject_of_weights(model, dataset: str, n: int | None, sampler: str | None, steps: int | None,
                        guidance_weight: float) -> Subject:
     "A generator, measured with 2,000 samples unless n is given."
     options = {"sampler": None, "steps": 1}  # a one-shot model

@@ -592,6 +592,7 @@ def train(
     finite (naming step, terms and the last good checkpoint), or the folder holds another run, or one on other images.
     """
     loop, run = _Loop(model, config, seed, cpu), _Run(Path(run_dir), config, model, seed, data.fingerprint)
+    model.keep_start()
     if run.checkpoint:
         _load_training_state(run.checkpoint / "state.safetensors", model, loop.average, loop.optimizer)
     else:
