@@ -390,7 +390,8 @@ def interpolate(
 # %% ../nbs/91_cli.ipynb #913394e2
 KeptPrior = Annotated[Fitted | None, typer.Option(
     help="fit it to the codes of --dataset, and keep it as the model's own")]
-Numbers = Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="four, two or one byte a weight")]
+Numbers = Annotated[Literal["fp32", "fp16", "int8", "int4"], typer.Option(
+    help="four, two, one or half a byte a weight")]
 WeightsFile = Annotated[Path, typer.Option(help="x.safetensors")]
 
 
@@ -418,7 +419,8 @@ def export(
     if prior:
         fitted = fitted_prior(model, prior, dataset, seed)
         getattr(model, "vae", model).use_prior(fitted)
-    save_model(model, out, {"fp32": None, "fp16": torch.float16, "int8": torch.int8}[numbers])
+    formats = {"fp32": None, "fp16": torch.float16, "int8": torch.int8, "int4": torch.int4}
+    save_model(model, out, formats[numbers])
     print(f"{type(model).__name__}, {out.stat().st_size / 1e6:.1f} MB, in {out}")
 
 # %% ../nbs/91_cli.ipynb #e7fbc8f2
