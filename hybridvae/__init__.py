@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODEL_MODULES', 'PUBLIC_NAMES', 'VAE', 'DDPM', 'DiffuseVAE', 'JointDiffuseVAE', 'AdaptiveDiffuseVAE',
-           'LatentDiffusion', 'LatentDiffuseVAE', 'DiffusersVAE', 'FeatureNetwork', 'Classifier', 'FaceEncoder',
-           'GaussianDiffusion', 'UNet', 'load', 'load_model', 'save_model', 'image_draws', 'show_images',
-           'HybridVAEError', 'load_data', 'load_features', 'train', 'TrainConfig']
+           'LatentDiffusion', 'LatentDiffuseVAE', 'DiffusersVAE', 'Int8DDPM', 'Int8DiffuseVAE', 'Int8JointDiffuseVAE',
+           'Int8AdaptiveDiffuseVAE', 'Int8LatentDiffuseVAE', 'Int8LatentDiffusion', 'FeatureNetwork', 'Classifier',
+           'FaceEncoder', 'GaussianDiffusion', 'UNet', 'load', 'load_model', 'save_model', 'image_draws', 'show_images',
+           'HybridVAEError', 'quantize', 'load_data', 'load_features', 'train', 'TrainConfig']
 
 # %% ../nbs/93_package.ipynb #cell-003
 #| code-fold: true
@@ -26,6 +27,12 @@ MODEL_MODULES = {  # model class: the module that defines it
     "AdaptiveDiffuseVAE": "adaptive",
     "LatentDiffusion": "latent",
     "LatentDiffuseVAE": "latent",
+    "Int8DDPM": "quantization",
+    "Int8DiffuseVAE": "quantization",
+    "Int8JointDiffuseVAE": "quantization",
+    "Int8AdaptiveDiffuseVAE": "quantization",
+    "Int8LatentDiffuseVAE": "quantization",
+    "Int8LatentDiffusion": "quantization",
     "FeatureNetwork": "features",
     "Classifier": "features",
     "FaceEncoder": "features",
@@ -39,6 +46,7 @@ PUBLIC_NAMES = MODEL_MODULES | {  # name: the module that defines it
     "image_draws": "core",
     "show_images": "core",
     "HybridVAEError": "core",
+    "quantize": "quantization",
     "load_data": "data",
     "load_features": "features",
     "train": "training",
@@ -55,6 +63,8 @@ if TYPE_CHECKING:
     from hybridvae.features import Classifier, FaceEncoder, FeatureNetwork, load_features
     from hybridvae.joint import JointDiffuseVAE
     from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
+    from hybridvae.quantization import (Int8AdaptiveDiffuseVAE, Int8DDPM, Int8DiffuseVAE, Int8JointDiffuseVAE,
+                                        Int8LatentDiffuseVAE, Int8LatentDiffusion, quantize)
     from hybridvae.training import TrainConfig, train
     from hybridvae.unet import DDPM, UNet
     from hybridvae.vae import VAE
@@ -62,8 +72,10 @@ if TYPE_CHECKING:
 # %% ../nbs/93_package.ipynb #cell-009
 _all_ = [  # nbdev adds them to `__all__`
     "VAE", "DDPM", "DiffuseVAE", "JointDiffuseVAE", "AdaptiveDiffuseVAE", "LatentDiffusion", "LatentDiffuseVAE",
-    "DiffusersVAE", "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model",
-    "save_model", "image_draws", "show_images", "HybridVAEError", "load_data", "load_features", "train", "TrainConfig",
+    "DiffusersVAE", "Int8DDPM", "Int8DiffuseVAE", "Int8JointDiffuseVAE", "Int8AdaptiveDiffuseVAE",
+    "Int8LatentDiffuseVAE", "Int8LatentDiffusion", "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion",
+    "UNet", "load", "load_model", "save_model", "image_draws", "show_images", "HybridVAEError", "quantize", "load_data",
+    "load_features", "train", "TrainConfig",
 ]
 
 # %% ../nbs/93_package.ipynb #cell-010

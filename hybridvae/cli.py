@@ -8,12 +8,13 @@ __all__ = ['app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName', 'Sampler',
            'Studied', 'TrainedOn', 'Kind', 'Preset', 'Small', 'Kimg', 'BatchSize', 'Rate', 'Form', 'CodeGuidance',
            'OwnVae', 'FirstSeed', 'Folder', 'TRAIN_EXAMPLES', 'Number', 'RefineSteps', 'Prior', 'First', 'Target',
            'SAMPLE_EXAMPLES', 'Given', 'HeldOut', 'AtMost', 'RECONSTRUCT_EXAMPLES', 'Varied', 'Seeds', 'TwoImages',
-           'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile', 'Compared', 'Drawn',
-           'Existing', 'Features', 'Inception', 'Measured', 'JsonFile', 'EVALUATE_EXAMPLES', 'Datasets', 'Patterns',
-           'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What',
-           'TimedOn', 'TimedOnly', 'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny',
-           'Results', 'BENCH_EXAMPLES', 'data', 'run', 'train', 'sample', 'reconstruct', 'interpolate', 'export',
-           'evaluate', 'campaign', 'bench', 'report', 'main']
+           'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile', 'Calibration',
+           'OnTrajectory', 'Compared', 'Drawn', 'Existing', 'Features', 'Inception', 'Measured', 'JsonFile',
+           'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly',
+           'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedOn', 'TimedOnly', 'TimedBatch', 'Rounds',
+           'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES', 'data', 'run', 'train',
+           'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate', 'campaign', 'bench', 'report',
+           'main']
 
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
@@ -422,6 +423,39 @@ def export(
     formats = {"fp32": None, "fp16": torch.float16, "int8": torch.int8, "int4": torch.int4}
     save_model(model, out, formats[numbers])
     print(f"{type(model).__name__}, {out.stat().st_size / 1e6:.1f} MB, in {out}")
+
+# %% ../nbs/91_cli.ipynb #9dc1d6ef
+Calibration = Annotated[int, typer.Option(min=1, help="images drawn to measure the ranges of activations")]
+OnTrajectory = Annotated[int, typer.Option(help="timesteps at which they are measured, evenly spaced, 1 to 1000")]
+
+
+@app.command(epilog=_examples("quantize --weights shapes-diffusevae --out small.safetensors",
+                              "sample --weights small.safetensors --n 64 --cpu"))
+def quantize(
+    weights: Weights,
+    n: Calibration = 16,
+    steps: OnTrajectory = 20,
+    seed: Seed = 0,
+    out: WeightsFile = Path("model-int8.safetensors"),
+):
+    "Make a small, fast sampler of trained weights: the U-Net in int8."
+    import torch
+    from hybridvae.core import HybridVAEError, image_draws, save_model, to_uint8
+    from hybridvae.generators import load_generator, user_errors
+    from hybridvae.quantization import Int8Layer, quantize
+
+    if out.suffix != ".safetensors":
+        raise HybridVAEError(f"--out {out} is no weights file: give a name that ends in .safetensors.")
+    model = load_generator(weights, cpu=True)
+    with user_errors():
+        twin = quantize(model, n=n, steps=steps, seed=seed)
+    save_model(twin, out, torch.int8)
+    layers = sum(isinstance(part, Int8Layer) for part in twin.modules())
+    in_float = sum(t.nbytes for t in model.state_dict().values())
+    a, b = (to_uint8(m.sample(4, steps=steps, generator=image_draws(seed, n, n + 4))).float() for m in (model, twin))
+    print(f"{type(twin).__name__}, {layers} layers in int8, {out.stat().st_size / 1e6:.1f} MB "
+          f"({in_float / 1e6:.1f} MB in float), in {out}\n"
+          f"its samples differ by {(a - b).square().mean().sqrt():.1f} of 255 levels (root mean square)")
 
 # %% ../nbs/91_cli.ipynb #e7fbc8f2
 Compared = Annotated[str, typer.Option(help="what the images are compared with")]

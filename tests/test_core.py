@@ -231,7 +231,7 @@ def test_half_precision_halves_the_file_and_loads_as_single(vae, tmp_path):
 
 
 def test_int4_stores_two_weights_a_byte_with_a_scale_for_each_group(tmp_path):
-    "Against the same written plainly: every weight is the nearest of sixteen levels of its group, small layers in int8."
+    "Written plainly: every weight is the nearest of the sixteen levels of its group, small layers are in int8."
     wide = VAE(image_size=16, z_dim=4, width=50, multipliers=(1, 2))  # rows of 450 weights, no multiple of a group
     path = save_model(wide, tmp_path / "vae.safetensors", torch.int4)
     stored, back, state = load_file(path), load_model(path).state_dict(), wide.state_dict()
