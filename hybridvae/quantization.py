@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FLOAT_PARTS', 'INT8_CLASSES', 'int8_weight', 'byte_range', 'to_bytes', 'has_int8_kernels', 'Int8Numbers', 'Int8Layer',
-           'Int8Conv', 'Int8Linear', 'quantizable', 'activation_ranges', 'Int8Model', 'Int8DDPM', 'Int8DiffuseVAE',
-           'Int8JointDiffuseVAE', 'Int8AdaptiveDiffuseVAE', 'Int8LatentDiffuseVAE', 'Int8LatentDiffusion', 'int8_state',
-           'quantize', 'bytes_by_type', 'int8_variants', 'distances_after']
+           'Int8Conv', 'Int8Linear', 'int8_state', 'quantizable', 'activation_ranges', 'Int8Model', 'Int8DDPM',
+           'Int8DiffuseVAE', 'Int8JointDiffuseVAE', 'Int8AdaptiveDiffuseVAE', 'Int8LatentDiffuseVAE',
+           'Int8LatentDiffusion', 'quantize', 'bytes_by_type', 'int8_variants', 'distances_after']
 
 # %% ../nbs/05a_quantization.ipynb #77e15b4a
 #| code-fold: true
@@ -52,7 +52,7 @@ def byte_range(low: float, high: float) -> tuple[float, int]:
 
 def to_bytes(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
     "uint8 tensor q with x ≈ scale · (q - zero); what lies outside the range is clipped to its end."
-    return (x.float() * (1 / scale) + (zero + 0.5)).clamp(0, 255).to(torch.uint8)  # cut off after adding a half: rounded
+    return (x.float() * (1 / scale) + (zero + 0.5)).clamp(0, 255).to(torch.uint8)  # a half more, cut off: rounded
 
 # %% ../nbs/05a_quantization.ipynb #b3c5e1a2
 _LAYERS: "weakref.WeakValueDictionary[int, Int8Layer]" = weakref.WeakValueDictionary()  # by their numbers
@@ -184,17 +184,26 @@ def _int8_layer(q: torch.Tensor, number: int, half: bool) -> torch.Tensor:
 def _int8_layer_like(q: torch.Tensor, number: int, half: bool) -> torch.Tensor:
     return _LAYERS[number].like(q, torch.bfloat16 if half else torch.float32)
 
-# %% ../nbs/05a_quantization.ipynb #68b99f80
+# %% ../nbs/05a_quantization.ipynb #4b8feb1c
+def int8_state(layer: nn.Module, scale: float, zero: int) -> dict[str, torch.Tensor]:
+    "The state of the int8 layer that takes the place of a layer whose inputs have this scale and zero point."
+    weight, channel_scale = int8_weight(cast(torch.Tensor, layer.weight).detach().float())
+    bias = cast(torch.Tensor | None, layer.bias)
+    return {"weight": weight, "weight_scale": channel_scale,
+            "bias": torch.zeros(len(weight)) if bias is None else bias.detach(),
+            "input_scale": torch.tensor(scale), "input_zero": torch.tensor(zero)}
+
+# %% ../nbs/05a_quantization.ipynb #bbae9861
 FLOAT_PARTS = ("stem", "head", "time_mlp", "z_mlp")  # of a U-Net: they stay in float
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Module]:
     "Convolutions and linear layers of a model's U-Nets that compute in int8, by name; attention's products do not."
     nets = {name: part for name, part in model.named_modules() if isinstance(part, UNetForward)}
-    return {f"{net}.{name}" if net else name: layer for net, unet in nets.items() for name, layer in unet.named_modules()
+    return {f"{net}.{name}": layer for net, unet in nets.items() for name, layer in unet.named_modules()
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and name.split(".")[0] not in FLOAT_PARTS}
 
-# %% ../nbs/05a_quantization.ipynb #b714ab51
+# %% ../nbs/05a_quantization.ipynb #c4080aeb
 @torch.no_grad()
 def activation_ranges(
     model: Model,  # a generator with a U-Net
@@ -222,9 +231,9 @@ def activation_ranges(
         model.sample(n, steps=steps, generator=image_draws(seed, 0, n), **options)
     return ranges
 
-# %% ../nbs/05a_quantization.ipynb #fee2ff0d
+# %% ../nbs/05a_quantization.ipynb #5af88148
 class Int8Model(Model):
-    "A model whose U-Net computes in int8, made by `quantize`; it samples, it is not trained. Base of the classes below."
+    "A model whose U-Net computes in int8, made by `quantize`; it samples and is not trained. Base of what follows."
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -246,7 +255,7 @@ class Int8DDPM(Int8Model, DDPM):
 class Int8DiffuseVAE(Int8Model, DiffuseVAE):
     "A `DiffuseVAE` in int8, see `quantize`."
 
-# %% ../nbs/05a_quantization.ipynb #8e12cdb6
+# %% ../nbs/05a_quantization.ipynb #9849de8b
 class Int8JointDiffuseVAE(Int8Model, JointDiffuseVAE):
     "A `JointDiffuseVAE` in int8, see `quantize`."
 
@@ -266,22 +275,13 @@ class Int8LatentDiffusion(Int8Model, LatentDiffusion):
 INT8_CLASSES: dict[str, type[Model]] = {cls.__name__.removeprefix("Int8"): cls for cls in (
     Int8DDPM, Int8DiffuseVAE, Int8JointDiffuseVAE, Int8AdaptiveDiffuseVAE, Int8LatentDiffuseVAE, Int8LatentDiffusion)}
 
-# %% ../nbs/05a_quantization.ipynb #217af117
-def int8_state(layer: nn.Module, scale: float, zero: int) -> dict[str, torch.Tensor]:
-    "The state of the int8 layer that takes the place of a layer whose inputs have this scale and zero point."
-    weight, channel_scale = int8_weight(cast(torch.Tensor, layer.weight).detach().float())
-    bias = cast(torch.Tensor | None, layer.bias)
-    return {"weight": weight, "weight_scale": channel_scale,
-            "bias": torch.zeros(len(weight)) if bias is None else bias.detach(),
-            "input_scale": torch.tensor(scale), "input_zero": torch.tensor(zero)}
-
-
+# %% ../nbs/05a_quantization.ipynb #57c51708
 def quantize(
     model: Model,  # a trained generator with a U-Net, on the CPU
     ranges: dict | None = None,  # see `activation_ranges`; measured here unless given
     **options,  # of `activation_ranges`
 ) -> Model:
-    """The same model with a U-Net in int8, in eval mode. Weights have a scale for each channel, inputs one for each layer.
+    """The same model with a U-Net in int8, in eval mode; channels of weights, and inputs of layers, have a scale each.
 
     The first and last layer and the embeddings of time and code stay in float (`FLOAT_PARTS`). Save it with
     `save_model(model, path, torch.int8)`, which stores what stays in float as bytes too. Raises `HybridVAEError` for a
@@ -302,7 +302,7 @@ def quantize(
     twin.load_state_dict(state)
     return twin.eval()
 
-# %% ../nbs/05a_quantization.ipynb #adf15b7f
+# %% ../nbs/05a_quantization.ipynb #43442e1b
 def bytes_by_type(path: str | Path) -> dict[str, int]:
     "How many bytes of a weights file are tensors of each type, the largest part first."
     from safetensors import safe_open
@@ -314,7 +314,7 @@ def bytes_by_type(path: str | Path) -> dict[str, int]:
             sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return dict(sizes.most_common())
 
-# %% ../nbs/05a_quantization.ipynb #50482312
+# %% ../nbs/05a_quantization.ipynb #4b4279a7
 def int8_variants(model: Model, ranges: dict | None = None, **options) -> dict[str, Model]:
     """The float model, its twins in int8 by how they were calibrated, and what int4 storage leaves of it, by name.
 
@@ -340,7 +340,7 @@ def distances_after(
     batch: int = 100,  # images at a time
     names: tuple = (),  # of `int8_variants` and "bf16"; all unless given
 ) -> list[dict]:
-    "A row for each variant: its metrics against the held-out images, and how far its images are from the float model's."
+    "A row for each variant: metrics against the held-out images, and how far its images are from the float model's."
     variants = int8_variants(model)
     variants = {"fp32": variants.pop("fp32"), "bf16": model, **variants}
     reference, first, rows = {"held-out": describe(features, test.batches(200))}, [], []
