@@ -13,6 +13,7 @@ __all__ = ['Name', 'SHAPE', 'PEERS', 'FULL', 'TINY', 'STARTS', 'LIBRARY_COLOURS'
 
 # %% ../nbs/89_bench.ipynb #cell-002
 #| code-fold: true
+import contextlib
 import copy
 import dataclasses
 import fnmatch
@@ -826,7 +827,7 @@ def unet_inputs(unet: nn.Module, batch: int, t: int = 500) -> tuple:
     return (image(), torch.full((batch,), t), image() if config["cond_channels"] else None,
             draws.randn(batch, config["z_dim"]) if config["z_dim"] else None)
 
-
+# %% ../nbs/89_bench.ipynb #43502047
 def pt2e_network(network: nn.Module, inputs: Sequence[tuple]) -> nn.Module:
     "A network quantised by torchao's export, calibrated on these inputs; it is fast only when compiled with freezing."
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
@@ -847,11 +848,11 @@ def int8_calls(model: Model, batch: int, compiled: bool = True) -> dict[str, Cal
     inputs, calls = unet_inputs(plain.unet, batch), {}
 
     def call(network: nn.Module, half: bool, freeze: bool = False) -> Callable[[], torch.Tensor]:
-        run = torch.compile(network, dynamic=False, options={"freezing": True} if freeze else None) if compiled \
-            else network
+        run = torch.compile(network, dynamic=False) if compiled else network
+        freezing = torch._inductor.config.patch(freezing=True) if freeze else contextlib.nullcontext()
 
         def function() -> torch.Tensor:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half), freezing:
                 return run(*inputs)
         return function
 
@@ -864,7 +865,7 @@ def int8_calls(model: Model, batch: int, compiled: bool = True) -> dict[str, Cal
             calls["int8, PT2E"] = call(pt2e_network(plain, given), False, freeze=True)
     return calls
 
-
+# %% ../nbs/89_bench.ipynb #070c89a6
 def _processor_seconds(calls: Mapping[str, Callable], rounds: int) -> dict[str, float]:
     "The least processor time of each call, over all threads: other programs hardly change it, if there is one thread."
     spent: dict[str, list[float]] = {name: [] for name in calls}

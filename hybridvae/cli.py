@@ -410,7 +410,7 @@ def export(
 ):
     "Write weights to one small file, with a fitted prior inside."
     import torch
-    from hybridvae.core import HybridVAEError, save_model
+    from hybridvae.core import INT4, HybridVAEError, save_model
     from hybridvae.generators import fitted_prior, load_generator
 
     if out.suffix != ".safetensors":
@@ -420,7 +420,7 @@ def export(
     if prior:
         fitted = fitted_prior(model, prior, dataset, seed)
         getattr(model, "vae", model).use_prior(fitted)
-    formats = {"fp32": None, "fp16": torch.float16, "int8": torch.int8, "int4": torch.int4}
+    formats = {"fp32": None, "fp16": torch.float16, "int8": torch.int8, "int4": INT4}
     save_model(model, out, formats[numbers])
     print(f"{type(model).__name__}, {out.stat().st_size / 1e6:.1f} MB, in {out}")
 
@@ -464,7 +464,7 @@ def quantize(
     if json:
         _measure_variants(weights, model, dataset, json)
 
-
+# %% ../nbs/91_cli.ipynb #3f25802e
 def _measure_variants(weights: str, model, dataset: str, file: Path) -> None:
     "Measure, and write beside what the file holds of other weights."
     import json
@@ -729,7 +729,7 @@ def _compare_int8(weights: str, batch: int, rounds: int, out: Path) -> None:
     key = f"{weights}, {results['isa']}"
     print(f"written to {b.write_bench(out, 'int8', before | {key: results})}")
 
-
+# %% ../nbs/91_cli.ipynb #5b1553ac
 def _cost_growth(rounds: int, tiny: bool, out: Path, cpu: bool) -> None:
     "Measure, print and write `growth`."
     import pandas as pd

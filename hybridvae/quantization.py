@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOAT_PARTS', 'INT8_CLASSES', 'int8_weight', 'byte_range', 'to_bytes', 'has_int8_kernels', 'Int8Numbers', 'Int8Layer',
-           'Int8Conv', 'Int8Linear', 'int8_state', 'quantizable', 'activation_ranges', 'Int8Model', 'Int8DDPM',
+           'Int8Conv', 'Int8Linear', 'int8_state', 'quantizable', 'activation_ranges', 'Int8Networks', 'Int8DDPM',
            'Int8DiffuseVAE', 'Int8JointDiffuseVAE', 'Int8AdaptiveDiffuseVAE', 'Int8LatentDiffuseVAE',
            'Int8LatentDiffusion', 'quantize', 'bytes_by_type', 'int8_variants', 'distances_after']
 
@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .adaptive import AdaptiveDiffuseVAE
-from .core import HybridVAEError, Model, build_model, image_draws, load_model, save_model, to_uint8
+from .core import (INT4, HybridVAEError, Model, build_model, image_draws, load_model, save_model,
+                            to_uint8)
 from .data import ImageData
 from .diffusevae import DiffuseVAE
 from .joint import JointDiffuseVAE
@@ -91,8 +92,10 @@ class Int8Layer(Int8Numbers):
     scale: float
     zero: int
     packed: torch.Tensor | None
-    prepacked: Callable[[], torch.Tensor]
-    in_float: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    prepacked: Callable  # () -> the weights as the kernel wants them
+    in_int8: Callable  # (bytes, type of the result) -> result
+    in_float: Callable  # (dequantised inputs, dequantised weights) -> result
+    like: Callable  # as `in_int8`, an empty result
 
     def __init__(self, layer: nn.Conv2d | nn.Linear):
         super().__init__(layer)
@@ -129,7 +132,7 @@ class Int8Conv(Int8Layer):
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__(layer)
-        self.place = [list(layer.stride), list(layer.padding), list(layer.dilation)]
+        self.place: list[list[int]] = [[*layer.stride], [*cast(tuple, layer.padding)], [*layer.dilation]]
 
     def prepacked(self) -> torch.Tensor:
         return torch.ops.onednn.qconv_prepack(self.weight.contiguous(), self.weight_scale, self.scale, self.zero,
@@ -143,12 +146,14 @@ class Int8Conv(Int8Layer):
 
     def in_float(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         "The same of dequantised numbers."
-        return F.conv2d(x, weight, self.bias, *self.place)
+        stride, padding, dilation = self.place
+        return F.conv2d(x, weight, self.bias, stride, padding, dilation)
 
     def like(self, q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         "An empty result: for the compiler, which has to know shapes."
-        size = [(n + 2 * pad - reach * (k - 1) - 1) // step + 1
-                for n, k, step, pad, reach in zip(q.shape[2:], self.weight.shape[2:], *self.place)]
+        stride, padding, dilation = self.place
+        size = [(n + 2 * pad - reach * (k - 1) - 1) // step + 1 for n, k, step, pad, reach in
+                zip(q.shape[2:], self.weight.shape[2:], stride, padding, dilation)]
         return q.new_empty((len(q), len(self.bias), *size), dtype=dtype).to(memory_format=torch.channels_last)
 
 # %% ../nbs/05a_quantization.ipynb #86c77562
@@ -214,7 +219,7 @@ def activation_ranges(
 ) -> dict[str, dict[int, tuple[float, float]]]:
     "Smallest and largest input of each layer that is to be quantised, for each timestep: name -> {t: (low, high)}."
     ranges: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in quantizable(model)}
-    now = []  # the timestep of the call that is under way
+    now: list[int] = []  # the timestep of the call that is under way
 
     def look(name: str, x: torch.Tensor) -> None:
         low, high = ranges[name].get(now[-1], (0.0, 0.0))
@@ -231,9 +236,11 @@ def activation_ranges(
         model.sample(n, steps=steps, generator=image_draws(seed, 0, n), **options)
     return ranges
 
-# %% ../nbs/05a_quantization.ipynb #5af88148
-class Int8Model(Model):
+# %% ../nbs/05a_quantization.ipynb #4a722421
+class Int8Networks(nn.Module):
     "A model whose U-Net computes in int8, made by `quantize`; it samples and is not trained. Base of what follows."
+
+    config: dict
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -248,27 +255,27 @@ class Int8Model(Model):
         raise HybridVAEError("a model in int8 cannot be trained: train the float model, then quantise it.")
 
 
-class Int8DDPM(Int8Model, DDPM):
+class Int8DDPM(Int8Networks, DDPM):
     "A `DDPM` in int8, see `quantize`."
 
 
-class Int8DiffuseVAE(Int8Model, DiffuseVAE):
+class Int8DiffuseVAE(Int8Networks, DiffuseVAE):
     "A `DiffuseVAE` in int8, see `quantize`."
 
-# %% ../nbs/05a_quantization.ipynb #9849de8b
-class Int8JointDiffuseVAE(Int8Model, JointDiffuseVAE):
+# %% ../nbs/05a_quantization.ipynb #eebd6be7
+class Int8JointDiffuseVAE(Int8Networks, JointDiffuseVAE):
     "A `JointDiffuseVAE` in int8, see `quantize`."
 
 
-class Int8AdaptiveDiffuseVAE(Int8Model, AdaptiveDiffuseVAE):
+class Int8AdaptiveDiffuseVAE(Int8Networks, AdaptiveDiffuseVAE):
     "An `AdaptiveDiffuseVAE` in int8, see `quantize`."
 
 
-class Int8LatentDiffuseVAE(Int8Model, LatentDiffuseVAE):
+class Int8LatentDiffuseVAE(Int8Networks, LatentDiffuseVAE):
     "A `LatentDiffuseVAE` in int8, see `quantize`."
 
 
-class Int8LatentDiffusion(Int8Model, LatentDiffusion):
+class Int8LatentDiffusion(Int8Networks, LatentDiffusion):
     "A `LatentDiffusion` in int8, see `quantize`; its denoiser is a U-Net."
 
 
@@ -327,10 +334,10 @@ def int8_variants(model: Model, ranges: dict | None = None, **options) -> dict[s
     naive = {f"int8, {name} timestep": quantize(model, {layer: {t: at[t]} for layer, at in ranges.items()})
              for name, t in one.items()}
     with tempfile.TemporaryDirectory() as folder:
-        int4 = load_model(save_model(model, Path(folder) / "int4.safetensors", torch.int4))
+        int4 = load_model(save_model(model, Path(folder) / "int4.safetensors", INT4))
     return {"fp32": model, "int8": quantize(model, ranges), **naive, "int4 storage": int4}
 
-
+# %% ../nbs/05a_quantization.ipynb #06ae034e
 def distances_after(
     model: Model,  # a trained generator
     features: nn.Module,  # network that measures
