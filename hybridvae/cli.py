@@ -431,7 +431,7 @@ OnTrajectory = Annotated[int, typer.Option(help="timesteps at which they are mea
 
 
 @app.command(epilog=_examples("quantize --weights shapes-diffusevae --out small.safetensors",
-                              "sample --weights small.safetensors --n 64 --cpu"))
+                              "quantize --weights shapes-diffusevae --dataset shapes --json distances.json"))
 def quantize(
     weights: Weights,
     n: Calibration = 16,
