@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODEL_MODULES', 'PUBLIC_NAMES', 'VAE', 'DDPM', 'DiffuseVAE', 'JointDiffuseVAE', 'AdaptiveDiffuseVAE',
-           'LatentDiffusion', 'LatentDiffuseVAE', 'DistilledDDPM', 'DistilledDiffuseVAE', 'PCADiffuseVAE',
-           'DiffusersVAE', 'FeatureNetwork', 'Classifier', 'FaceEncoder', 'GaussianDiffusion', 'UNet', 'load',
-           'load_model', 'save_model', 'image_draws', 'show_images', 'HybridVAEError', 'load_data', 'load_features',
-           'train', 'TrainConfig']
+           'LatentDiffusion', 'LatentDiffuseVAE', 'DistilledDDPM', 'DistilledDiffuseVAE', 'Int8DDPM', 'Int8DiffuseVAE',
+           'Int8JointDiffuseVAE', 'Int8AdaptiveDiffuseVAE', 'Int8LatentDiffuseVAE', 'Int8LatentDiffusion',
+           'PCADiffuseVAE', 'DiffusersVAE', 'FeatureNetwork', 'Classifier', 'FaceEncoder', 'GaussianDiffusion', 'UNet',
+           'load', 'load_model', 'save_model', 'image_draws', 'show_images', 'HybridVAEError', 'quantize', 'load_data',
+           'load_features', 'train', 'TrainConfig']
 
 # %% ../nbs/93_package.ipynb #cell-003
 #| code-fold: true
@@ -29,6 +30,12 @@ MODEL_MODULES = {  # model class: the module that defines it
     "LatentDiffuseVAE": "latent",
     "DistilledDDPM": "distillation",
     "DistilledDiffuseVAE": "distillation",
+    "Int8DDPM": "quantization",
+    "Int8DiffuseVAE": "quantization",
+    "Int8JointDiffuseVAE": "quantization",
+    "Int8AdaptiveDiffuseVAE": "quantization",
+    "Int8LatentDiffuseVAE": "quantization",
+    "Int8LatentDiffusion": "quantization",
     "PCADiffuseVAE": "pca_guidance",
     "FeatureNetwork": "features",
     "Classifier": "features",
@@ -43,6 +50,7 @@ PUBLIC_NAMES = MODEL_MODULES | {  # name: the module that defines it
     "image_draws": "core",
     "show_images": "core",
     "HybridVAEError": "core",
+    "quantize": "quantization",
     "load_data": "data",
     "load_features": "features",
     "train": "training",
@@ -61,6 +69,8 @@ if TYPE_CHECKING:
     from hybridvae.joint import JointDiffuseVAE
     from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
     from hybridvae.pca_guidance import PCADiffuseVAE
+    from hybridvae.quantization import (Int8AdaptiveDiffuseVAE, Int8DDPM, Int8DiffuseVAE, Int8JointDiffuseVAE,
+                                        Int8LatentDiffuseVAE, Int8LatentDiffusion, quantize)
     from hybridvae.training import TrainConfig, train
     from hybridvae.unet import DDPM, UNet
     from hybridvae.vae import VAE
@@ -68,9 +78,10 @@ if TYPE_CHECKING:
 # %% ../nbs/93_package.ipynb #cell-009
 _all_ = [  # nbdev adds them to `__all__`
     "VAE", "DDPM", "DiffuseVAE", "JointDiffuseVAE", "AdaptiveDiffuseVAE", "LatentDiffusion", "LatentDiffuseVAE",
-    "DistilledDDPM", "DistilledDiffuseVAE", "PCADiffuseVAE", "DiffusersVAE", "FeatureNetwork", "Classifier",
-    "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model", "save_model", "image_draws", "show_images",
-    "HybridVAEError", "load_data", "load_features", "train", "TrainConfig",
+    "DistilledDDPM", "DistilledDiffuseVAE", "Int8DDPM", "Int8DiffuseVAE", "Int8JointDiffuseVAE",
+    "Int8AdaptiveDiffuseVAE", "Int8LatentDiffuseVAE", "Int8LatentDiffusion", "PCADiffuseVAE", "DiffusersVAE",
+    "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model", "save_model",
+    "image_draws", "show_images", "HybridVAEError", "quantize", "load_data", "load_features", "train", "TrainConfig",
 ]
 
 # %% ../nbs/93_package.ipynb #cell-010

@@ -9,10 +9,12 @@ __all__ = ['Name', 'SHAPE', 'PEERS', 'FULL', 'TINY', 'STARTS', 'LIBRARY_COLOURS'
            'sampling_call', 'precisions', 'Convolution', 'convolutions', 'convolution_call', 'compare_evaluation',
            'compare_input', 'start_up', 'compare_networks', 'goals', 'compare_peers', 'rate_table', 'show_rates',
            'cost_growth', 'show_growth', 'computation', 'timed_evaluations', 'sampler_of', 'time_models',
-           'profile_entry', 'write_bench', 'read_bench']
+           'profile_entry', 'unet_inputs', 'pt2e_network', 'int8_calls', 'compare_int8', 'write_bench', 'read_bench']
 
 # %% ../nbs/89_bench.ipynb #cell-002
 #| code-fold: true
+import contextlib
+import copy
 import dataclasses
 import fnmatch
 import functools
@@ -25,9 +27,9 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,17 +39,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_flops,
-                            default_device, image_draws,
+                            default_device, image_draws, load,
                             derive_seed, package_folder, provenance, to_uint8, weights_hash, write_json)
 from .data import Batches, ImageData, load_data
 from .diffusion import GaussianDiffusion
 from .features import load_features
 from .metrics import describe, frechet_distance
 from .profiling import Profile, profile_call, profile_model
+from .quantization import quantize
 from .entries import Entry, options_of
 from .training import (TrainConfig, autocast, choose_precision, compile_networks, compiler_works, eager,
                                 supports_bf16, take_step)
-from .unet import DDPM
+from .unet import DDPM, UNet
 
 # %% ../nbs/89_bench.ipynb #cell-006
 @dataclasses.dataclass
@@ -804,9 +807,102 @@ def profile_entry(
                 f"{what}: peak MiB": part.peak_memory_bytes / 2**20}
     return profiles, row
 
+# %% ../nbs/89_bench.ipynb #2200645a
+class _Network(nn.Module):
+    "A U-Net with all of its inputs as positional arguments, as an export needs it."
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None,
+                z: torch.Tensor | None) -> torch.Tensor:
+        return self.unet(x, t, cond=cond, z=z)
+
+
+def unet_inputs(unet: nn.Module, batch: int, t: int = 500) -> tuple:
+    "Random x_t, timesteps, condition image and code for a `UNet`, channels last; None for what it does not take."
+    config, draws = cast(UNet, unet).config, Draws(0, "inputs")
+    shape = (batch, config["channels"], config["image_size"], config["image_size"])
+    image = lambda: draws.randn(*shape).contiguous(memory_format=torch.channels_last)
+    return (image(), torch.full((batch,), t), image() if config["cond_channels"] else None,
+            draws.randn(batch, config["z_dim"]) if config["z_dim"] else None)
+
+# %% ../nbs/89_bench.ipynb #43502047
+def pt2e_network(network: nn.Module, inputs: Sequence[tuple]) -> nn.Module:
+    "A network quantised by torchao's export, calibrated on these inputs; it is fast only when compiled with freezing."
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(network, inputs[0]).module(), quantizer)
+    for each in inputs:
+        prepared(*each)
+    return convert_pt2e(prepared)
+
+# %% ../nbs/89_bench.ipynb #6fca6edc
+def int8_calls(model: Model, batch: int, compiled: bool = True) -> dict[str, Callable[[], torch.Tensor]]:
+    "Functions that call a model's U-Net once, by name: in fp32, bf16, int8, int8 with the rest in bf16, and PT2E's."
+    model = model.eval().to(memory_format=torch.channels_last)
+    plain = _Network(cast(nn.Module, model.unet))
+    twin = _Network(cast(nn.Module, quantize(model, n=batch).to(memory_format=torch.channels_last).unet))
+    inputs, calls = unet_inputs(plain.unet, batch), {}
+
+    def call(network: nn.Module, half: bool, freeze: bool = False) -> Callable[[], torch.Tensor]:
+        run = torch.compile(network, dynamic=False) if compiled else network
+        freezing = torch._inductor.config.patch(freezing=True) if freeze else contextlib.nullcontext()
+
+        def function() -> torch.Tensor:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half), freezing:
+                return run(*inputs)
+        return function
+
+    for name, network, half in (("fp32", plain, False), ("bf16", plain, True), ("int8", twin, False),
+                                ("int8, rest bf16", twin, True)):
+        calls[name] = call(copy.deepcopy(network), half)
+    if importlib.util.find_spec("torchao") and compiled:
+        with torch.no_grad():
+            given = [unet_inputs(plain.unet, batch, t) for t in range(0, 1000, 100)]
+            calls["int8, PT2E"] = call(pt2e_network(plain, given), False, freeze=True)
+    return calls
+
+# %% ../nbs/89_bench.ipynb #070c89a6
+def _processor_seconds(calls: Mapping[str, Callable], rounds: int) -> dict[str, float]:
+    "The least processor time of each call, over all threads: other programs hardly change it, if there is one thread."
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begun = time.process_time()
+            call()
+            spent[name].append(time.process_time() - begun)
+    return {name: min(values) for name, values in spent.items()}
+
+
+def compare_int8(
+    weights: str,  # of a model with a U-Net, a file or a shipped name
+    batch: int = 16,  # images in a call
+    rounds: int = 20,  # how often each is timed
+    compiled: bool = True,
+    progress: bool = False,
+) -> dict:
+    "What `hybridvae bench int8` writes, JSON-able: a row for each way to compute the U-Net, and its operators' shares."
+    calls = int8_calls(load(weights), batch, compiled)
+    exact, rows = calls["fp32"](), []
+    for call in calls.values():
+        call()  # compiles
+    processor = _processor_seconds(calls, rounds)
+    for name, timing in in_turns(calls, rounds, "cpu", progress).items():
+        error = (calls[name]().float() - exact).norm() / exact.norm()
+        operators = profile_call(calls[name]).operators[:6]
+        rows.append({"name": name, "seconds": timing.seconds, "fastest": min(timing.seconds),
+                     "median": timing.quartiles()[1], "processor": processor[name], "error": error.item(),
+                     "operators": [{key: row[key] for key in ("operator", "calls", "share")} for row in operators]})
+    return {"weights": weights, "batch": batch, "compiled": compiled, "load": os.getloadavg()[0],
+            "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "native"), "rows": rows, **provenance("cpu")}
+
 # %% ../nbs/89_bench.ipynb #cell-072
 def write_bench(path: str | Path, part: str, content: dict) -> Path:
-    """Write one part, "peers" or "growth", of a file; another part that stands there stays.
+    """Write one part, "peers", "growth" or "int8", of a file; another part that stands there stays.
 
     Raises `HybridVAEError` for a file that holds something else, and where it cannot be written.
     """
@@ -825,6 +921,6 @@ def read_bench(path: str | Path) -> dict:
         content = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise HybridVAEError(f"{path} is not a result of `hybridvae bench` ({error}): choose another file.") from error
-    if not isinstance(content, dict) or set(content) - {"peers", "growth"}:
+    if not isinstance(content, dict) or set(content) - {"peers", "growth", "int8"}:
         raise HybridVAEError(f"{path} is not a result of `hybridvae bench`: choose another file.")
     return content

@@ -9,12 +9,13 @@ __all__ = ['app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName', 'Sampler',
            'OwnVae', 'FirstSeed', 'Folder', 'TRAIN_EXAMPLES', 'Teacher', 'Fewest', 'Start', 'TaughtOn', 'RungKimg',
            'Rungs', 'DISTILL_EXAMPLES', 'Number', 'RefineSteps', 'Prior', 'Components', 'First', 'Target',
            'SAMPLE_EXAMPLES', 'Given', 'HeldOut', 'AtMost', 'RECONSTRUCT_EXAMPLES', 'Varied', 'Seeds', 'TwoImages',
-           'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile', 'Compared', 'Drawn',
-           'Existing', 'Features', 'Inception', 'Measured', 'JsonFile', 'EVALUATE_EXAMPLES', 'Datasets', 'Patterns',
-           'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What',
-           'TimedOn', 'TimedOnly', 'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny',
-           'Results', 'BENCH_EXAMPLES', 'data', 'run', 'train', 'distill', 'sample', 'reconstruct', 'interpolate',
-           'export', 'evaluate', 'campaign', 'bench', 'report', 'main']
+           'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile', 'Calibration',
+           'JsonFile', 'OnTrajectory', 'Compared', 'Drawn', 'Existing', 'Features', 'Inception', 'Measured',
+           'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly',
+           'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedWeights', 'TimedOn', 'TimedOnly',
+           'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES',
+           'data', 'run', 'train', 'distill', 'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate',
+           'campaign', 'bench', 'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
@@ -443,7 +444,8 @@ def interpolate(
 # %% ../nbs/91_cli.ipynb #913394e2
 KeptPrior = Annotated[Fitted | None, typer.Option(
     help="fit it to the codes of --dataset, and keep it as the model's own")]
-Numbers = Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="four, two or one byte a weight")]
+Numbers = Annotated[Literal["fp32", "fp16", "int8", "int4"], typer.Option(
+    help="four, two, one or half a byte a weight")]
 WeightsFile = Annotated[Path, typer.Option(help="x.safetensors")]
 
 
@@ -461,7 +463,7 @@ def export(
 ):
     "Write weights to one small file, with a fitted prior inside."
     import torch
-    from hybridvae.core import HybridVAEError, save_model
+    from hybridvae.core import INT4, HybridVAEError, save_model
     from hybridvae.generators import fitted_prior, load_generator
 
     if out.suffix != ".safetensors":
@@ -471,8 +473,64 @@ def export(
     if prior:
         fitted = fitted_prior(model, prior, dataset, seed)
         getattr(model, "vae", model).use_prior(fitted)
-    save_model(model, out, {"fp32": None, "fp16": torch.float16, "int8": torch.int8}[numbers])
+    formats = {"fp32": None, "fp16": torch.float16, "int8": torch.int8, "int4": INT4}
+    save_model(model, out, formats[numbers])
     print(f"{type(model).__name__}, {out.stat().st_size / 1e6:.1f} MB, in {out}")
+
+# %% ../nbs/91_cli.ipynb #9dc1d6ef
+Calibration = Annotated[int, typer.Option(min=1, help="images drawn to measure the ranges of activations")]
+JsonFile = Annotated[Path | None, typer.Option(help="write all of it to this file, too")]
+OnTrajectory = Annotated[int, typer.Option(help="timesteps at which they are measured, evenly spaced, 1 to 1000")]
+
+
+@app.command(epilog=_examples("quantize --weights shapes-diffusevae --out small.safetensors",
+                              "quantize --weights shapes-diffusevae --dataset shapes --json distances.json"))
+def quantize(
+    weights: Weights,
+    n: Calibration = 16,
+    steps: OnTrajectory = 20,
+    seed: Seed = 0,
+    out: WeightsFile = Path("model-int8.safetensors"),
+    dataset: Annotated[str, typer.Option(help="measure its distances, too, of each variant: minutes")] = "",
+    json: JsonFile = None,
+):
+    "Make a small, fast sampler of trained weights: the U-Net in int8."
+    import torch
+    from hybridvae.core import HybridVAEError, image_draws, save_model, to_uint8
+    from hybridvae.generators import load_generator, user_errors
+    from hybridvae.quantization import Int8Layer, quantize
+
+    if out.suffix != ".safetensors":
+        raise HybridVAEError(f"--out {out} is no weights file: give a name that ends in .safetensors.")
+    if bool(dataset) != bool(json):
+        raise HybridVAEError("--dataset and --json go together: give both, or neither.")
+    model = load_generator(weights, cpu=True)
+    with user_errors():
+        twin = quantize(model, n=n, steps=steps, seed=seed)
+    save_model(twin, out, torch.int8)
+    layers = sum(isinstance(part, Int8Layer) for part in twin.modules())
+    in_float = sum(t.nbytes for t in model.state_dict().values())
+    a, b = (to_uint8(m.sample(4, steps=steps, generator=image_draws(seed, n, n + 4))).float() for m in (model, twin))
+    print(f"{type(twin).__name__}, {layers} layers in int8, {out.stat().st_size / 1e6:.1f} MB "
+          f"({in_float / 1e6:.1f} MB in float), in {out}\n"
+          f"its samples differ by {(a - b).square().mean().sqrt():.1f} of 255 levels (root mean square)")
+    if json:
+        _measure_variants(weights, model, dataset, json)
+
+# %% ../nbs/91_cli.ipynb #3f25802e
+def _measure_variants(weights: str, model, dataset: str, file: Path) -> None:
+    "Measure, and write beside what the file holds of other weights."
+    import json
+    import torch
+    from hybridvae.core import provenance, write_json
+    from hybridvae.generators import data_for, measuring_networks
+    from hybridvae.quantization import distances_after
+
+    before = json.loads(file.read_text()) if file.exists() else {}
+    features = measuring_networks(dataset, "", None, torch.device("cpu"))[0]
+    rows = distances_after(model, features, data_for(model, dataset, "test"))
+    write_json(file, before | {weights: {"dataset": dataset, "rows": rows, **provenance("cpu")}})
+    print(f"distances of {len(rows)} variants in {file}")
 
 # %% ../nbs/91_cli.ipynb #e7fbc8f2
 Compared = Annotated[str, typer.Option(help="what the images are compared with")]
@@ -484,7 +542,6 @@ Features = Annotated[str, typer.Option(
 Inception = Annotated[Path | None, typer.Option(
     help="Inception's weights file, for FID and IS", envvar="HYBRIDVAE_INCEPTION")]
 Measured = Annotated[int | None, typer.Option(min=6, help="how many images; usually 2,000 samples, or all images")]
-JsonFile = Annotated[Path | None, typer.Option(help="write all of it to this file, too")]
 EVALUATE_EXAMPLES = _examples(
     "evaluate --weights shapes-vae --dataset shapes --n 500 --cpu",
     "evaluate --weights model.safetensors --dataset cifar10 --n 50000 --inception WEIGHTS --json metrics.json",
@@ -637,11 +694,13 @@ def _try_out(entries: list, minutes: float | None) -> None:
 
 # %% ../nbs/91_cli.ipynb #b164bae4
 BENCH_OPTIONS = {"peers": {"batch", "rounds", "tiny"}, "growth": {"rounds", "tiny"},
+                 "int8": {"weights", "batch", "rounds"},
                  "times": {"dataset", "experiment", "batch", "rounds", "all"},
                  "profile": {"dataset", "experiment", "batch", "sampler", "steps"}}  # beside --out and --cpu
 PROFILED = ["ddpm", "diffusevae-form1", "latent", "latent-mlp"]  # experiments, unless named
-What = Annotated[Literal["peers", "growth", "times", "profile"], typer.Argument(
-    help="other libraries; by size; all models' sampling; operators")]
+What = Annotated[Literal["peers", "growth", "times", "profile", "int8"], typer.Argument(
+    help="other libraries; by size; all models' sampling; operators; a U-Net in int8")]
+TimedWeights = Annotated[str, typer.Option(help="int8: a .safetensors file, or a shipped name")]
 TimedOn = Annotated[str, typer.Option(help="times, profile: shapes, cifar10, celeba64 or celeba256")]
 TimedOnly = Annotated[list[str] | None, typer.Option(help="times, profile: only these, * for letters")]
 TimedBatch = Annotated[int | None, typer.Option(min=1, help="not growth: images at a time")]
@@ -660,6 +719,7 @@ BENCH_EXAMPLES = _examples(
 def bench(
     ctx: typer.Context,
     what: What = "peers",
+    weights: TimedWeights = "cifar10-diffusevae",
     dataset: TimedOn = "shapes",
     experiment: TimedOnly = None,
     batch: TimedBatch = None,
@@ -682,6 +742,8 @@ def bench(
     elif what == "times":
         entries = generators_of(dataset, experiment or ["*"])
         _time_models(entries, batch or 50, rounds or 3, all, out or Path(f"times-{dataset}.json"), cpu)
+    elif what == "int8":
+        _compare_int8(weights, batch or 16, rounds or 20, out or Path("bench.json"))
     elif what == "peers":
         _compare_peers(batch, rounds, tiny, out or Path("bench.json"), cpu)
     else:
@@ -708,6 +770,19 @@ def _compare_peers(batch: int | None, rounds: int | None, tiny: bool, out: Path,
     print(f"written to {b.write_bench(out, 'peers', results)}")
 
 
+def _compare_int8(weights: str, batch: int, rounds: int, out: Path) -> None:
+    "Measure, print and write a row of `int8`, beside those of other weights and instruction sets."
+    import pandas as pd
+    from hybridvae import bench as b
+
+    before = b.read_bench(out).get("int8", {})
+    results = b.compare_int8(weights, batch, rounds, progress=sys.stderr.isatty())
+    rows = pd.DataFrame(results["rows"]).set_index("name")[["fastest", "median", "processor", "error"]]
+    print((rows * [1000, 1000, 1000, 1]).rename(columns=lambda c: c if c == "error" else f"{c}, ms").round(4))
+    key = f"{weights}, {results['isa']}"
+    print(f"written to {b.write_bench(out, 'int8', before | {key: results})}")
+
+# %% ../nbs/91_cli.ipynb #5b1553ac
 def _cost_growth(rounds: int, tiny: bool, out: Path, cpu: bool) -> None:
     "Measure, print and write `growth`."
     import pandas as pd

@@ -428,6 +428,27 @@ FAULTS = [
     Fault("Fréchet distance between the same set", "metrics.py", "metric.update(features.double(), real=False)",
           "metric.update(reference.double(), real=False)",
           "test_metrics.py::test_the_distance_is_that_of_torch_fidelity_on_the_same_features"),
+    # quantisation
+    Fault("one scale for all channels", "quantization.py",
+          "scale = weight.flatten(1).abs().amax(dim=1).clamp(min=1e-12)",
+          "scale = weight.abs().max().expand(len(weight)).clamp(min=1e-12)",
+          "test_quantization.py::test_each_channel_uses_all_of_its_bytes"),
+    Fault("bytes cut off without rounding", "quantization.py", "(zero + 0.5)", "zero",
+          "test_quantization.py::test_bytes_cover_a_range_and_hold_zero_exactly"),
+    Fault("ranges of the last timestep only", "quantization.py",
+          "of_layer = int8_state(layer, *byte_range(min(low), max(high)))",
+          "of_layer = int8_state(layer, *byte_range(low[-1], high[-1]))",
+          "test_quantization.py::test_the_variants_differ_only_in_their_ranges"),
+    Fault("int8 layers fall back to float", "quantization.py", "if self.packed is not None and x.device",
+          "if False and x.device",
+          "test_quantization.py::test_every_quantised_layer_runs_in_a_kernel_for_int8"),
+    Fault("a copy shares the weights of its original", "quantization.py",
+          "        self.number = next(_NUMBERS)  # a copy is a layer of its own\n",
+          "        self.number = next(_NUMBERS) - 1\n",
+          "test_quantization.py::test_a_copy_of_a_layer_is_a_layer_of_its_own"),
+    Fault("halves of a byte swapped", "core.py", "packed[name] = levels[:, ::2] + 16 * levels[:, 1::2]",
+          "packed[name] = 16 * levels[:, ::2] + levels[:, 1::2]",
+          "test_core.py::test_int4_stores_two_weights_a_byte_with_a_scale_for_each_group"),
 ]
 
 

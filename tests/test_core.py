@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import complains, disk_full, files_below
 from hybridvae import core
-from hybridvae.core import (RECORD_KEYS, Draws, Model, atomic_path, budget, build_model, config_hash,
-                            count_parameters, default_device, derive_seed, image_grid, load, load_model, load_records,
-                            project_root, provenance, record_path, save_grid, save_model, to_float, to_uint8,
-                            weights_hash, write_record)
+from hybridvae.core import (INT4_LEAST, INT4_SUFFIX, RECORD_KEYS, Draws, Model, atomic_path, budget, build_model,
+                            config_hash, count_parameters, default_device, derive_seed, image_grid, load, load_model,
+                            load_records, project_root, provenance, record_path, save_grid, save_model, to_float,
+                            to_uint8, weights_hash, write_record)
 from hybridvae.vae import VAE
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -228,6 +228,33 @@ def test_half_precision_halves_the_file_and_loads_as_single(vae, tmp_path):
     assert {t.dtype for t in load_file(half).values()} == {torch.float16}
     for name, value in load_model(half).state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, vae.state_dict()[name].half().float())
+
+
+def test_int4_stores_two_weights_a_byte_with_a_scale_for_each_group(tmp_path):
+    "Written plainly: every weight is the nearest of the sixteen levels of its group, small layers are in int8."
+    wide = VAE(image_size=16, z_dim=4, width=50, multipliers=(1, 2))  # rows of 450 weights, no multiple of a group
+    path = save_model(wide, tmp_path / "vae.safetensors", torch.int4)
+    stored, back, state = load_file(path), load_model(path).state_dict(), wide.state_dict()
+    large = [name for name in stored if f"{name}{INT4_SUFFIX}" in stored]
+    assert large == sorted(n for n, t in state.items() if t.ndim in (2, 4) and t.numel() >= INT4_LEAST)
+    assert {stored[n].dtype for n in state.keys() - {*large}} == {torch.int8, torch.float16}
+    for name in large:
+        rows, scale = state[name].flatten(1), stored[name + INT4_SUFFIX].float()
+        assert stored[name].dtype == torch.uint8 and 2 * stored[name].numel() < 1.05 * rows.numel() + 1_000
+        assert stored[name].shape == (len(rows), 16 * -(-rows.shape[1] // 32)) and scale.shape[1] * 32 >= rows.shape[1]
+        levels = scale.repeat_interleave(32, dim=1)[:, :rows.shape[1], None] * torch.arange(-8, 8)
+        nearest = levels.gather(2, (levels - rows[..., None]).abs().argmin(dim=2, keepdim=True))[..., 0]
+        torch.testing.assert_close(back[name].flatten(1), nearest)
+        assert (back[name] - state[name]).square().mean() < 0.01 * state[name].square().mean()
+    for name in state.keys() - {*large}:
+        torch.testing.assert_close(back[name], state[name], rtol=0, atol=0.005 * state[name].abs().max().item() + 1e-6)
+
+
+def test_int4_keeps_what_has_no_size(tmp_path):
+    zero = VAE(image_size=16, z_dim=4, width=50, multipliers=(1, 2))
+    for p in zero.parameters():
+        p.data.zero_()
+    assert equal_weights(load_model(save_model(zero, tmp_path / "zero.safetensors", torch.int4)), zero)
 
 
 def test_the_weights_hash_sees_every_tensor(vae):
