@@ -442,7 +442,7 @@ def test_a_file_that_holds_something_else_is_not_overwritten(text, tmp_path):
 
 def test_the_committed_measurements_have_what_the_lesson_shows():
     found = json.loads((results_folder() / "bench.json").read_text())
-    assert set(found) == {"peers", "growth"} and {r["factor"] for r in found["growth"]["rows"]} == {
+    assert set(found) == {"peers", "growth", "int8"} and {r["factor"] for r in found["growth"]["rows"]} == {
         "image_size",
         "width",
         "batch",
