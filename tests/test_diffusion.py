@@ -182,6 +182,7 @@ def weight_of_x0(diffusion, weighting, gamma=5.0):
         c1, variance = diffusion.posterior(torch.ones(()), torch.zeros(()), t)
         kl.append(c1.item() ** 2 / (2 * (variance or 1 - diffusion.alpha_bar(t))))
     return {"simple": snr, "min_snr": snr.clamp(max=gamma), "uniform": torch.ones_like(snr), "v": snr + 1,
+            "truncated_snr": snr.clamp(min=1),
             "bound": diffusion.timesteps * torch.tensor(kl)}[weighting]
 
 
