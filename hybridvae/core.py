@@ -8,7 +8,7 @@ __all__ = ['Source', 'MODELS', 'RECORD_KEYS', 'INT8_SUFFIX', 'INT4', 'INT4_SUFFI
            'UnknownModel', 'model_class', 'build_model', 'count_parameters', 'count_flops', 'to_float', 'to_uint8',
            'image_grid', 'show_images', 'save_grid', 'config_hash', 'weights_hash', 'package_folder', 'project_root',
            'weights_folder', 'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'write_json',
-           'load_record', 'load_records', 'save_model', 'load_model', 'load', 'budget']
+           'load_record', 'load_records', 'save_model', 'int8_weight', 'load_model', 'load', 'budget']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 #| code-fold: true
@@ -494,15 +494,19 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None)
 INT8_SUFFIX = ".int8_scale"  # of the name under which a weight's scales are stored
 
 
+def int8_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "int8 weights in [-127, 127] of weights (C, ...), and the scale (C,) of each output channel: w ≈ scale · q."
+    scale = weight.flatten(1).abs().amax(dim=1).clamp(min=1e-12) / 127  # a channel's largest weight becomes ±127
+    return (weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8), scale
+
+
 def _to_int8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     packed = dict(state)
     for name, t in state.items():
         if t.is_floating_point() and t.ndim == 3:  # a mixture's covariances have no channels to share a scale
             packed[name] = t.half()
         elif t.is_floating_point() and t.ndim > 1:
-            scale = t.flatten(1).abs().amax(dim=1).clamp(min=1e-12) / 127  # a channel's largest weight becomes ±127
-            packed[name] = (t / scale.reshape(-1, *[1] * (t.ndim - 1))).round().to(torch.int8)
-            packed[name + INT8_SUFFIX] = scale
+            packed[name], packed[name + INT8_SUFFIX] = int8_weight(t)
     return packed
 
 # %% ../nbs/00a_core.ipynb #0a58b8d4

@@ -118,8 +118,7 @@ class ProjectedInputs(RefinerInputs):
         self.pca = ProjectingPCA(self.vae.z_dim)
         self.components = checked_components(components, self.vae.z_dim)
         self.snr_from = checked_snr(snr_from)
-        self.config |= {"model": "PCADiffuseVAE", "components": components,
-                        "snr_from": snr_from}
+        self.config |= {"model": "PCADiffuseVAE", "components": components, "snr_from": snr_from}
 
     def denoiser(self, x_hat: torch.Tensor, z: torch.Tensor) -> Callable:
         "As of a `DiffuseVAE`, given the projected code where the SNR is high."

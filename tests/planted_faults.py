@@ -429,15 +429,15 @@ FAULTS = [
           "metric.update(reference.double(), real=False)",
           "test_metrics.py::test_the_distance_is_that_of_torch_fidelity_on_the_same_features"),
     # quantisation
-    Fault("one scale for all channels", "quantization.py",
+    Fault("one scale for all channels", "core.py",
           "scale = weight.flatten(1).abs().amax(dim=1).clamp(min=1e-12)",
           "scale = weight.abs().max().expand(len(weight)).clamp(min=1e-12)",
           "test_quantization.py::test_each_channel_uses_all_of_its_bytes"),
     Fault("bytes cut off without rounding", "quantization.py", "(zero + 0.5)", "zero",
           "test_quantization.py::test_bytes_cover_a_range_and_hold_zero_exactly"),
     Fault("ranges of the last timestep only", "quantization.py",
-          "of_layer = int8_state(layer, *byte_range(min(low), max(high)))",
-          "of_layer = int8_state(layer, *byte_range(low[-1], high[-1]))",
+          "int8_state(layer, *byte_range(min(low), max(high)))",
+          "int8_state(layer, *byte_range(low[-1], high[-1]))",
           "test_quantization.py::test_the_variants_differ_only_in_their_ranges"),
     Fault("int8 layers fall back to float", "quantization.py", "if self.packed is not None and x.device",
           "if False and x.device",
@@ -490,6 +490,8 @@ def plant(fault):
 def main():
     begun = time.monotonic()
     chosen = [f for f in FAULTS if not sys.argv[1:] or any(word in f.name for word in sys.argv[1:])]
+    if not chosen:
+        sys.exit(f"No fault has one of these in its name: {', '.join(sys.argv[1:])}. Give words of names in FAULTS.")
     with tempfile.TemporaryDirectory() as folder:
         status, output = run(copy(folder), sorted({f.test for f in chosen}))
     if status:

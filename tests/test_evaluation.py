@@ -12,7 +12,7 @@ from scipy.stats import ttest_rel
 from hybridvae import evaluation, records
 from hybridvae.core import load_records
 from hybridvae.evaluation import (FAMILIES, LABELS, QUALITY, QUESTIONS, Difference, comparison, difference,
-                                  export_table, family, floors, growth_under_noise, joint_answer, label, measurements,
+                                  export_table, family, growth_under_noise, joint_answer, label, measurements,
                                   palette, pareto_front)
 from hybridvae.records import results_folder
 
@@ -63,17 +63,14 @@ def test_measurements_have_a_row_for_each_evaluation_of_each_seed(written):
     assert frame["recall"].isna().all() and frame["n"].eq(2_000).all()  # what was not measured is no number
 
 
-def test_the_table_shows_the_spread_over_seeds_or_the_deviation_over_images(written):
-    written(record("ddpm", 0, 1.0), record("ddpm", 1, 3.0), record("vae", 0, 2.0, 0.25))
-    table = comparison(measurements("celeba64"))
-    assert table.loc["DDPM", "FD"] == f"2.00 ± {np.std([1, 3], ddof=1):.2f}" and table.loc["DDPM", "seeds"] == "2"
-    assert table.loc["VAE", "FD"] == "2.00 (± 0.25)" and table.loc["VAE", "recall"] == ""
-
-
-def test_floors_stand_only_for_the_n_that_were_measured(written):
-    written(record("features", floors={"2000": {"train to held-out": {"FD (faces)": 0.3}}}, evaluations=[]))
-    assert floors("celeba64", [2_000, 5_000, 2_000]).to_dict("index") == {
-        "real images, n = 2,000": {"FD": "0.30", "n": "2,000"}}
+def test_the_table_shows_spread_labels_costs_and_the_floor_of_its_n(written):
+    floor = record("features", floors={"2000": {"train to held-out": {"FD (faces)": 0.3}}}, evaluations=[])
+    written(record("ddpm", 0, 1.0), record("ddpm", 1, 3.0), record("vae", 0, 2.0, 0.25), floor)
+    table = comparison("celeba64")
+    assert table.loc["DDPM", "FD (faces)"] == f"2.00 ± {np.std([1, 3], ddof=1):.2f}" and table.loc["DDPM", "seeds"] == 2
+    assert table.loc["VAE", "FD (faces)"] == "2.00 (± 0.25)" and table.loc["VAE", "parameters (M)"] == "1.00"
+    assert table.loc["floor: real images", "FD (faces)"] == "0.30"
+    assert not {"bits per dimension", "recall (faces)"} & set(table.columns)  # nobody measured them
 
 
 def test_three_seeds_are_compared_in_pairs_and_one_over_its_images(written):
@@ -144,7 +141,7 @@ def test_without_records_an_answer_says_what_is_missing(written, question):
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_no_answer_names_a_number_that_its_table_does_not_rest_on(question):
+def test_an_answer_of_the_committed_records_has_a_table_or_says_that_it_has_none(question):
     answer = question("shapes")
     assert answer.question.endswith("?") and answer.sentence.endswith(".")
     assert (answer.table is None) == ("Not answered" in answer.sentence)

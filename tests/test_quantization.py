@@ -1,20 +1,23 @@
 """Quantisation: rounding against plain formulas, calibration, models in int8 on disk and in the command line."""
 import copy
+import functools
+import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import complains, generator, randomised
+from hybridvae import data
 from hybridvae import quantization as quant
 from hybridvae.adaptive import AdaptiveDiffuseVAE
 from hybridvae.cli import app
-from hybridvae.core import image_draws, load_model, save_model, to_uint8
+from hybridvae.core import image_draws, int8_weight, load_model, save_model, to_uint8
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.joint import JointDiffuseVAE
 from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
 from hybridvae.quantization import (FLOAT_PARTS, INT8_CLASSES, Int8Conv, Int8Linear, activation_ranges, byte_range,
-                                    bytes_by_type, has_int8_kernels, int8_state, int8_variants, int8_weight,
-                                    quantizable, quantize, to_bytes)
+                                    bytes_by_type, has_int8_kernels, int8_state, int8_variants, quantizable,
+                                    quantize, to_bytes)
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
 from safetensors.torch import load_file
@@ -247,3 +250,21 @@ def test_the_command_makes_weights_that_other_commands_take(tmp_path, ddpm):
     assert np.abs(np.load(tmp_path / "x.npz")["arr_0"].transpose(0, 3, 1, 2).astype(int) - images.numpy()).max() <= 1
     wrong = run("quantize", "--weights", tmp_path / "ddpm.safetensors", "--out", tmp_path / "x.bin")
     assert wrong.exit_code != 0
+
+
+def test_the_command_measures_every_variant_beside_what_the_file_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(quant, "distances_after", functools.partial(quant.distances_after, n=8, batch=4))
+    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 60, "test": 40})
+    run = lambda *words: CliRunner().invoke(app, [str(w) for w in words])
+    model = randomised(DDPM(UNET | {"image_size": 32, "attention": (16,)}), scale=0.1)
+    save_model(model, tmp_path / "ddpm.safetensors")
+    file = tmp_path / "distances.json"
+    file.write_text('{"others": 1}')
+    words = ("quantize", "--weights", tmp_path / "ddpm.safetensors", "--n", 2, "--out", tmp_path / "small.safetensors")
+    said = run(*words, "--dataset", "shapes", "--json", file)
+    assert said.exit_code == 0, said.output
+    found = json.loads(file.read_text())
+    rows = found.pop(str(tmp_path / "ddpm.safetensors"))["rows"]
+    assert found == {"others": 1} and [r["variant"] for r in rows][:3] == ["fp32", "bf16", "int8"] and len(rows) == 7
+    assert rows[0]["rms_levels"] == 0 < rows[2]["rms_levels"] and all("texture distance" in r["metrics"] for r in rows)
+    assert run(*words, "--json", file).exit_code != 0  # of which data?

@@ -42,7 +42,7 @@ def test_mypy_is_clean():
 # --- checks of one notebook: (path, nb) -> list of faults -----------------------------------------------------------
 
 def bounded_cells(path, nb):
-    limit = LESSON_CELL if re.match(r"0[1-7]_", path.name) else CELL
+    limit = LESSON_CELL if re.match(r"0[1-7][a-z]?_", path.name) else CELL
     lengths = [(len(source(cell).splitlines()), source(cell)) for cell in cells(nb, "code")]
     return [f"a cell of {n} lines, more than {limit}, that opens with {text[:60]!r}"
             for n, text in lengths if n > limit]
