@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import HybridVAEError
+from .core import HybridVAEError, InUse
 from .entries import Entry
 from .experiments import TABLES, entries_of
 from .records import outdated, record_roots, recorded
@@ -139,7 +139,7 @@ def run_campaign(
     progress: bool = True,  # show bars
     only: str | None = None,  # "train": measure another time; "measure": what is trained; None: both
 ) -> list[dict]:
-    """Run what is missing; return the new records.
+    """Run what is missing; return the new records. What another process has in hand is left out.
 
     Raises `HybridVAEError` at the end where entries failed, with the first one's reason.
     """
@@ -152,6 +152,9 @@ def run_campaign(
             break
         try:
             record = run_entry(entry, entries, runs, clock.left(), cpu, progress, only == "train")
+        except InUse as error:  # another campaign makes it, or what it depends on
+            print(f"left out: {entry.dataset} {entry.experiment} seed {entry.seed}, since {error}", flush=True)
+            continue
         except Exception as error:  # whatever it is, such as too little memory: the others go on
             failed.append(_failure(entry, runs, error))
             trace = "" if isinstance(error, HybridVAEError) else "\n" + traceback.format_exc()

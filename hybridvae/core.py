@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['Source', 'MODELS', 'RECORD_KEYS', 'INT8_SUFFIX', 'INT4', 'INT4_SUFFIX', 'GROUP', 'INT4_LEAST', 'HybridVAEError',
-           'atomic_path', 'derive_seed', 'Draws', 'image_draws', 'randn', 'rand', 'choose', 'Recorded', 'Model',
-           'UnknownModel', 'model_class', 'build_model', 'count_parameters', 'count_flops', 'to_float', 'to_uint8',
-           'image_grid', 'show_images', 'save_grid', 'config_hash', 'weights_hash', 'package_folder', 'project_root',
-           'weights_folder', 'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'write_json',
-           'load_record', 'load_records', 'save_model', 'int8_weight', 'load_model', 'load', 'budget']
+           'reason', 'user_path', 'env_path', 'atomic_path', 'InUse', 'sole_use', 'derive_seed', 'Draws', 'image_draws',
+           'randn', 'rand', 'choose', 'Recorded', 'Model', 'UnknownModel', 'model_class', 'build_model',
+           'count_parameters', 'count_flops', 'to_float', 'to_uint8', 'image_grid', 'show_images', 'save_grid',
+           'config_hash', 'weights_hash', 'package_folder', 'project_root', 'weights_folder', 'default_device',
+           'device_name', 'provenance', 'record_path', 'write_record', 'write_json', 'load_record', 'load_records',
+           'save_model', 'int8_weight', 'load_model', 'load', 'budget']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 #| code-fold: true
 import contextlib
 import copy
+import errno
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -36,12 +39,43 @@ from . import MODEL_MODULES, __version__
 class HybridVAEError(Exception):
     "A problem with what the user gave: one sentence that names the input and the remedy."
 
+# %% ../nbs/00a_core.ipynb #eab90803
+#| code-fold: true
+def reason(error: BaseException) -> str:
+    "What an exception says, in one line of at most 300 characters; its kind where it says nothing, or only a key."
+    text = " ".join(str(error).split())
+    text = text if text and not isinstance(error, KeyError) else f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def user_path(path: str | Path) -> Path:
+    "The path with a leading `~` replaced by the home folder. Raises `HybridVAEError` where there is none."
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise HybridVAEError(f"there is no home folder for the ~ in {path}: write the whole path.") from error
+
+
+def env_path(variable: str) -> Path | None:
+    "The path in an environment variable, as `user_path`; None where it is not set or empty."
+    value = os.environ.get(variable)
+    return user_path(value) if value else None
+
+# %% ../nbs/00a_core.ipynb #dc66d539
+#| code-fold: true
+_AGAIN = "another process has changed that folder in the meantime, so run the same command again"
+_REMEDIES = {errno.ENOSPC: "free some disk space or choose another folder, then run the same command again",
+             **dict.fromkeys((errno.ENOTEMPTY, errno.ENOENT), _AGAIN),
+             **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+                              errno.ENAMETOOLONG), "choose another folder, one that can be written")}
+
 # %% ../nbs/00a_core.ipynb #cell-007
 @contextlib.contextmanager
 def atomic_path(target: str | Path):  # the file or folder that shall appear
     """Yield a temporary path beside `target`; rename it to `target` at the end, or remove it if anything failed.
 
-    Raises `HybridVAEError` where the disk is full or the folder cannot be written.
+    Raises `HybridVAEError` where the disk is full, the folder cannot be written, or another process has made a folder of
+    this name in the meantime.
     """
     target = Path(target)
     tmp = None
@@ -51,12 +85,49 @@ def atomic_path(target: str | Path):  # the file or folder that shall appear
         yield tmp / target.name
         os.replace(tmp / target.name, target)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise HybridVAEError(f"{target} could not be written ({reason}): free some disk space or choose another "
-                             "folder, then run the same command again.") from error
+        remedy = _REMEDIES.get(getattr(error, "errno", None) or errno.ENOSPC, _REMEDIES[errno.ENOSPC])
+        why = getattr(error, "strerror", None) or reason(error)
+        raise HybridVAEError(f"{target} could not be written ({why}): {remedy}.") from error
     finally:
         if tmp is not None:
             shutil.rmtree(tmp, ignore_errors=True)
+
+# %% ../nbs/00a_core.ipynb #97e10c4c
+class InUse(HybridVAEError):
+    "Another process works in a folder."
+
+
+_OURS: set[Path] = set()  # folders that this process has locked
+
+
+@contextlib.contextmanager
+def sole_use(folder: str | Path):  # made where it is missing
+    """Yield the folder, which no other process that asks gets meanwhile; `flock` on its file `.lock`, which stays.
+
+    A process may ask again for what it has. Of the processes that share a run the first has the lock. Raises `InUse`
+    where another process has the folder, `HybridVAEError` where it cannot be written.
+    """
+    path = Path(folder).resolve()
+    if path in _OURS or os.environ.get("RANK", "0") != "0":
+        yield path
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / ".lock", "ab")
+    except OSError as error:
+        raise HybridVAEError(f"{folder} cannot be used for a run ({error.strerror}): choose a folder that can be "
+                             "written.") from error
+    with file, contextlib.ExitStack() as stack:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse(f"{folder} is in use by another process: wait until that has ended, or choose another "
+                        "folder.") from None
+        except OSError:  # a file system without locks
+            pass
+        _OURS.add(path)
+        stack.callback(_OURS.discard, path)
+        yield path
 
 # %% ../nbs/00a_core.ipynb #cell-010
 def derive_seed(*keys: int | str) -> int:

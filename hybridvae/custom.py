@@ -16,7 +16,8 @@ import torch
 
 from .campaign import load_stages
 from .core import (HybridVAEError, Model, build_model, count_parameters, default_device, derive_seed,
-                            image_draws, load_model, provenance, save_grid, save_model, weights_hash, write_json)
+                            image_draws, load_model, provenance, reason, save_grid, save_model, sole_use, weights_hash,
+                            write_json)
 from .data import Batches, ImageData, load_data
 from .experiments import PRESETS
 from .distillation import GO_ON, ladder, student_of
@@ -96,23 +97,24 @@ def train_model(
     """Train a model in a folder of its own, or continue; return whether it is finished.
 
     Writes `training.json` first, `model.safetensors` and `samples.png` at the end. What is finished stays as it is.
-    Raises `HybridVAEError` where the folder holds the training of another model, or on other images.
+    Raises `HybridVAEError` where the folder holds the training of another model, or on other images, or is in use
+    (`core.sole_use`).
     """
     config, note = TrainConfig(**settings), out / "training.json"
-    identity = _identity(model, config, images[0], seed)
-    known = _known(note, identity)
-    if "weights_hash" in known and (out / "model.safetensors").exists():
-        model.load_state_dict(load_model(out / "model.safetensors").state_dict())
-        return True
     Batches(images[0].first(1), config.batch_size, seed, n_slices=config.n_slices)  # refuses a batch it cannot cut
-    write_json(note, identity)
-    result = train(model, images[0], config, out, seed, images[1], minutes, cpu=cpu, progress=progress)
-    if not result.finished:
-        return False
-    save_model(model, out / "model.safetensors")
-    _save_samples(model, out, seed)
-    write_json(note, identity | _measured(model, config, result))
-    return True
+    with sole_use(out):
+        identity = _identity(model, config, images[0], seed)
+        known = _known(note, identity)
+        if "weights_hash" in known and (out / "model.safetensors").exists():
+            model.load_state_dict(load_model(out / "model.safetensors").state_dict())
+            return True
+        write_json(note, identity)
+        result = train(model, images[0], config, out, seed, images[1], minutes, cpu=cpu, progress=progress)
+        if result.finished:
+            save_model(model, out / "model.safetensors")
+            _save_samples(model, out, seed)
+            write_json(note, identity | _measured(model, config, result))
+        return result.finished
 
 # %% ../nbs/90c_custom.ipynb #6fdff52c
 def _save_samples(model: Model, out: Path, seed: int) -> None:

@@ -7,6 +7,7 @@ __all__ = ['STUDIES', 'FLOOR_IMAGES', 'evaluate', 'Material', 'study', 'TimeUp',
 
 # %% ../nbs/00i_runs.ipynb #cell-002
 #| code-fold: true
+import contextlib
 import dataclasses
 import functools
 import os
@@ -22,7 +23,8 @@ from tqdm.auto import tqdm
 
 from .core import (Draws, Model, Source, atomic_path, build_model, config_hash, count_flops, count_parameters,
                             default_device, derive_seed, device_name, image_draws, load_model, provenance, record_path,
-                            save_grid, save_model, to_uint8, weights_hash, write_json, write_record, HybridVAEError)
+                            reason, save_grid, save_model, sole_use, to_uint8, weights_hash, write_json, write_record,
+                            HybridVAEError)
 from .data import Batches, ImageData, data_root, load_data
 from .entries import Entry, find_entry, options_of, studied_with
 from .features import FEATURE_WEIGHTS, FeatureModel, is_feature_network, load_features, shipped_features
@@ -171,20 +173,25 @@ def run_entry(
 ) -> dict | None:
     """Run an entry, or continue it; return its record: None where the limit came first, or it is only trained.
 
-    Raises `HybridVAEError` where training fails or the disk is full. What is recorded already is not run again, but
-    measured again where a metric was added since (`outdated`).
+    Raises `HybridVAEError` where training fails, the disk is full, or the entry is in use (`core.sole_use`). What is
+    recorded already is not run again, but measured again where a metric was added since (`outdated`).
     """
+    record, job = _complete(entry, runs), _Job(list(entries), Path(runs), Clock(minutes), cpu, progress)
+    if record is None:
+        with sole_use(entry.folder(runs)), contextlib.suppress(TimeUp):
+            record = _complete(entry, runs)  # another process may just have finished it
+            if record is None and train_only:
+                job.train(entry)
+            elif record is None:
+                record = job.run(entry)
+    return record
+
+
+def _complete(entry: Entry, runs: str | Path) -> dict | None:
+    "The record of an entry that lacks nothing and whose weights are there, else None."
     record, weights = recorded(entry, runs), entry.folder(runs) / "model.safetensors"
-    if record and not entry.missing(record) and not outdated(record) and weights.exists():
-        return record
-    job = _Job(list(entries), Path(runs), Clock(minutes), cpu, progress)
-    try:
-        if train_only:
-            job.train(entry)
-            return None
-        return job.run(entry)
-    except TimeUp:
-        return None
+    whole = record is not None and not entry.missing(record) and not outdated(record) and weights.exists()
+    return record if whole else None
 
 # %% ../nbs/00i_runs.ipynb #3e06461d
 @functools.lru_cache(maxsize=1)
@@ -285,16 +292,17 @@ class _Training(_Steps):
         if loaded:
             return loaded
         self.clock.check()
-        model, parents = self.assembled(entry)
-        result, folder = self.fit(entry, model), entry.folder(self.runs)
-        if not result.finished:
-            raise TimeUp
-        half = entry.half or is_feature_network(model)  # shipped in half precision: measure what is shipped
-        if half:
-            _round_to_half(model)
-        trained = _trained(entry, result, parents, _images(*_key(entry))[0], model.device)
-        save_model(model, folder / "model.safetensors", torch.float16 if half else None)
-        write_json(folder / "trained.json", trained)
+        with sole_use(entry.folder(self.runs)) as folder:
+            model, parents = self.assembled(entry)
+            result = self.fit(entry, model)
+            if not result.finished:
+                raise TimeUp
+            half = entry.half or is_feature_network(model)  # shipped in half precision: measure what is shipped
+            if half:
+                _round_to_half(model)
+            trained = _trained(entry, result, parents, _images(*_key(entry))[0], model.device)
+            save_model(model, folder / "model.safetensors", torch.float16 if half else None)
+            write_json(folder / "trained.json", trained)
         return model, trained
 
     def assembled(self, entry: Entry) -> tuple[Model, dict[str, str]]:

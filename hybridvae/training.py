@@ -33,7 +33,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .core import (Draws, HybridVAEError, Model, atomic_path, config_hash, count_flops, count_parameters,
-                            derive_seed, save_model)
+                            derive_seed, reason, save_model, sole_use)
 from .data import Batches, ImageData
 
 # %% ../nbs/00g_training.ipynb #7ec4a001
@@ -449,11 +449,6 @@ class _Run(_Log):
         self.begun = self.before = self.spent = (0.0, 0.0)  # seconds: of the clock, and of the processor
         self.saved, self.peak_memory, self.device = 0.0, 0, torch.device("cpu")
         self.parts: list[dict] = []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise HybridVAEError(f"{folder} cannot be used for a run ({error.strerror}): choose a folder that can be "
-                                 "written.") from error
         self.checkpoint = latest_checkpoint(folder)
         if self.checkpoint:
             self.restore(_read_progress(self.checkpoint))
@@ -573,6 +568,30 @@ def _steps(loop: _Loop, run: _Run, heldout: ImageData | None, minutes: float | N
             break
     return stopped
 
+# %% ../nbs/00g_training.ipynb #19dfd31d
+def _trained(loop: _Loop, run: _Run, data: ImageData, heldout: ImageData | None, minutes: float | None, kimg: float,
+             progress: bool) -> TrainResult:
+    "Train, or continue, with a checkpoint after every so many thousand images; arguments as in `train`."
+    model, config, main = loop.model, loop.config, loop.accelerator.is_main_process
+    model.keep_start()
+    if run.checkpoint:
+        _load_training_state(run.checkpoint / "state.safetensors", model, loop.average, loop.optimizer)
+    else:
+        model.prepare(data)
+    loop.share(data)
+    model.train()
+    run.begun, run.saved = (time.monotonic(), time.process_time()), time.monotonic()
+    with _logging(run, main), tqdm(total=config.steps, initial=run.step, desc=type(model).__name__, unit="step",
+                                   disable=not (progress and main), mininterval=1) as bar:
+        if run.step < config.steps and not model.stop_reason(run.history):
+            _begin(run, model, data, loop.device)
+        stopped = _steps(loop, run, heldout, minutes, max(1, round(kimg * 1000 / config.batch_size)), bar)
+    finished = run.step >= config.steps or stopped is not None
+    if finished:
+        loop.average.swap()
+        model.eval()
+    return TrainResult(finished, stopped, run.step, *run.spent, run.history, run.peak_memory, run.parts)
+
 # %% ../nbs/00g_training.ipynb #c4b30177
 def train(
     model: Model,  # trained in place
@@ -589,29 +608,13 @@ def train(
     """Train `model`, or continue its training; a model may end it early, which the result states (`stop_reason`).
 
     `choose_precision` and `choose_compile` decide how it is computed. Raises `HybridVAEError` where the loss is not
-    finite (naming step, terms and the last good checkpoint), or the folder holds another run, or one on other images.
+    finite (naming step, terms and the last good checkpoint), or the folder holds another run, or one on other images,
+    or is in use (`core.sole_use`).
     """
-    loop, run = _Loop(model, config, seed, cpu), _Run(Path(run_dir), config, model, seed, data.fingerprint)
-    model.keep_start()
-    if run.checkpoint:
-        _load_training_state(run.checkpoint / "state.safetensors", model, loop.average, loop.optimizer)
-    else:
-        model.prepare(data)
-    loop.share(data)
-    every = max(1, round((checkpoint_kimg or config.kimg / 10) * 1000 / config.batch_size))
-    main = loop.accelerator.is_main_process
-    model.train()
-    run.begun, run.saved = (time.monotonic(), time.process_time()), time.monotonic()
-    with _logging(run, main), tqdm(total=config.steps, initial=run.step, desc=type(model).__name__, unit="step",
-                                   disable=not (progress and main), mininterval=1) as bar:
-        if run.step < config.steps and not model.stop_reason(run.history):
-            _begin(run, model, data, loop.device)
-        stopped = _steps(loop, run, heldout, minutes, every, bar)
-    finished = run.step >= config.steps or stopped is not None
-    if finished:
-        loop.average.swap()
-        model.eval()
-    return TrainResult(finished, stopped, run.step, *run.spent, run.history, run.peak_memory, run.parts)
+    with sole_use(run_dir):
+        loop, run = _Loop(model, config, seed, cpu), _Run(Path(run_dir), config, model, seed, data.fingerprint)
+        return _trained(loop, run, data, heldout, minutes, checkpoint_kimg or config.kimg / 10, progress)
+
 
 # %% ../nbs/00g_training.ipynb #cell-029
 def training_step(

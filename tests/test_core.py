@@ -1,8 +1,11 @@
 """Seeded draws, atomic files, run records, weights files, pixels and grids."""
+import errno
 import json
 import math
+import os
 import resource
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -413,3 +416,41 @@ def test_a_budget_that_is_no_positive_number_is_refused(monkeypatch, text):
     monkeypatch.setenv("HYBRIDVAE_BUDGET", text)
     with complains(f"HYBRIDVAE_BUDGET is {text!r}", "positive number"):
         budget(1)
+
+
+# --- one process at a time ------------------------------------------------------------------------------------------
+
+HOLDER = "import sys, time\nfrom hybridvae.core import sole_use\nwith sole_use(sys.argv[1]):\n    print('mine', flush=True)\n    time.sleep(60)"
+
+
+def test_a_folder_in_use_is_refused_until_its_process_ends_however_it_ends(tmp_path):
+    "The lock is one of the kernel's: that of a process that is killed does not stay behind."
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "mine\n"
+        with complains(tmp_path / "run", "in use by another process", "another folder"), core.sole_use(tmp_path / "run"):
+            pytest.fail("two processes had it")
+    finally:
+        holder.kill()
+        holder.wait()
+    with core.sole_use(tmp_path / "run"), core.sole_use(tmp_path / "x" / ".." / "run"):  # and a process may ask again
+        pass
+    with core.sole_use(tmp_path / "run"):
+        assert files_below(tmp_path) == ["run", "run/.lock"]
+
+
+@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "free some disk space"), (errno.EACCES, "choose another folder"),
+                                           (errno.ENOTEMPTY, "run the same command again"),
+                                           (errno.ENOENT, "run the same command again")])
+def test_the_remedy_for_a_failed_write_fits_its_reason(tmp_path, number, words):
+    with complains(tmp_path / "a.txt", os.strerror(number), words) as said, core.atomic_path(tmp_path / "a.txt"):
+        raise OSError(number, os.strerror(number))
+    assert ("disk space" in str(said.info.value)) == (number == errno.ENOSPC)
+
+
+def test_a_folder_that_another_process_has_made_meanwhile_is_left_alone(tmp_path):
+    with complains(tmp_path / "folder", "run the same command again"), atomic_path(tmp_path / "folder") as tmp:
+        tmp.mkdir()
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "theirs").touch()
+    assert files_below(tmp_path) == ["folder", "folder/theirs"]

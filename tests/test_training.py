@@ -91,6 +91,16 @@ def long_run(folder, kill_in=None):
                    checkpoint_kimg=CHECKPOINTS_EVERY * 8 / 1000)
 
 
+def held_run(folder):
+    "As `long_run`, but waits after its second checkpoint until a file FOLDER.go is there."
+    def begin(step):
+        if step == KILLED_IN:
+            Path(f"{folder}.waits").touch()
+            while not Path(f"{folder}.go").exists():
+                time.sleep(0.02)
+    quietly(before_each_loss(small_ddpm(), begin), folder, settings(flip=True), checkpoint_kimg=0.04)
+
+
 def shared_run(folder):
     "Without dropout, which is drawn by each process for itself."
     model = small_vae()
@@ -107,17 +117,19 @@ def limited_run(folder):
     Path(f"{folder}-{rank}.json").write_text(json.dumps([result.finished, result.step]))
 
 
-def as_a_process(*arguments, launcher=()):
+def as_a_process(*arguments, launcher=(), background=False):
     "Run this file as a script."
     paths = [str(Path(hybridvae.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run([sys.executable, *launcher, __file__, *map(str, arguments)], env=environment,
-                          capture_output=True, text=True)
+    words = [sys.executable, *launcher, __file__, *map(str, arguments)]
+    if background:
+        return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.run(words, env=environment, capture_output=True, text=True)
 
 
 if __name__ == "__main__":
     what, where = sys.argv[1:]
-    {"kill": lambda: long_run(where, KILLED_IN), "continue": lambda: long_run(where),
+    {"kill": lambda: long_run(where, KILLED_IN), "continue": lambda: long_run(where), "hold": lambda: held_run(where),
      "share": lambda: (shared_run(where), limited_run(f"{where}-limited"))}[what]()
     sys.exit()
 
@@ -235,6 +247,24 @@ def test_what_a_kill_left_of_a_checkpoint_is_not_taken_for_one(tmp_path):
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
 
 
+def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on_as_if_alone(tmp_path):
+    first = as_a_process("hold", tmp_path / "two", background=True)
+    try:
+        while not (tmp_path / "two.waits").exists() and first.poll() is None:
+            time.sleep(0.02)
+        before = files_below(tmp_path / "two")
+        assert "checkpoint-10/state.safetensors" in before, first.stderr.read() if first.poll() else before
+        with complains(tmp_path / "two", "in use by another process"):
+            quietly(small_ddpm(), tmp_path / "two", settings(flip=True), checkpoint_kimg=0.04)
+        assert files_below(tmp_path / "two") == before
+    finally:
+        (tmp_path / "two.go").touch()
+        assert first.wait() == 0, first.stderr.read()
+    quietly(small_ddpm(), tmp_path / "alone", settings(flip=True), checkpoint_kimg=0.04)
+    two, alone = (load_file(tmp_path / name / "checkpoint-24" / "state.safetensors") for name in ("two", "alone"))
+    assert same(two, alone)
+
+
 def test_of_two_checkpoints_the_one_with_more_steps_counts(tmp_path):
     "A kill after the new one is there, and before the old one is removed; as text, 9 comes after 12."
     for step in (9, 12):
@@ -251,7 +281,7 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     with complains(tmp_path / "checkpoint-6", "No space left", "free some disk space"):
         quietly(small_vae(), tmp_path, settings(steps=9), checkpoint_kimg=0.024)
     monkeypatch.setattr(core.os, "replace", real)
-    assert [p.name for p in tmp_path.iterdir() if p.name != "tensorboard"] == ["checkpoint-3"]
+    assert [p.name for p in tmp_path.iterdir() if p.name not in ("tensorboard", ".lock")] == ["checkpoint-3"]
     continued, whole = small_vae(seed=1), small_vae()
     quietly(continued, tmp_path, settings(steps=9), checkpoint_kimg=0.024)
     quietly(whole, tmp_path / "whole", settings(steps=9))
