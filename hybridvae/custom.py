@@ -48,15 +48,31 @@ def fitted_preset(
 
 # %% ../nbs/90c_custom.ipynb #b5bed649
 def new_model(config: dict, preset: dict, seed: int) -> Model:
-    "The untrained model of a config. Raises `HybridVAEError` where the preset's levels do not divide the image."
+    """The untrained model of a config.
+
+    Raises `HybridVAEError`, which names the presets that do, where the preset's levels do not divide the image.
+    """
     load_stages()  # defines the classes of all models
     torch.manual_seed(derive_seed("init", seed))
     try:
         return build_model(config)
     except ValueError as error:
         size = preset["vae"]["image_size"]
+        others = ", ".join(f"--preset {name}" for name in PRESETS if _suits(name, size))
         raise HybridVAEError(f"the preset {preset['name']!r} does not suit images of {size} x {size} pixels ({error}): "
-                             "choose another --preset, or prepare the images in another size.") from error
+                             f"choose {others and f'from {others}, or '}prepare the images in another size.") from error
+
+
+def _suits(name: str, image_size: int) -> bool:
+    "Whether the networks of a preset can be built for images of this size."
+    preset = fitted_preset(name, "", image_size)
+    try:
+        with torch.device("meta"):  # shapes alone, no memory
+            build_model({"model": "VAE", **preset["vae"]})
+            build_model({"model": "DDPM", "unet": preset["unet"], "diffusion": preset["diffusion"]})
+    except ValueError:
+        return False
+    return True
 
 # %% ../nbs/90c_custom.ipynb #5e309b1b
 def _identity(model: Model, config: TrainConfig, data: ImageData, seed: int) -> dict:

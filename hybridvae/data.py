@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .core import Draws, HybridVAEError, atomic_path, derive_seed, to_float
+from .core import Draws, HybridVAEError, atomic_path, derive_seed, env_path, to_float
 
 # %% ../nbs/00b_data.ipynb #cell-006
 SHAPE_NAMES = ("square", "triangle", "cross")
@@ -239,8 +239,10 @@ def load_shapes(split: str, image_size: int = 32) -> ImageData:
 # %% ../nbs/00b_data.ipynb #cell-025
 def data_root() -> Path:
     "`$HYBRIDVAE_DATA`, or `hybridvae` in the user's cache folder."
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hybridvae"
-    return Path(os.environ.get("HYBRIDVAE_DATA") or default)
+    try:
+        return env_path("HYBRIDVAE_DATA") or (env_path("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybridvae"
+    except RuntimeError as error:
+        raise HybridVAEError("there is no home folder to keep data in: set HYBRIDVAE_DATA to a folder.") from error
 
 
 MAP_ABOVE = 2**30  # bytes; larger arrays stay in their file and are memory-mapped
@@ -649,7 +651,8 @@ def _files_hash(source: Path, files: list[Path]) -> str:
     "Hexadecimal digits that change with the name or the content of any of these files."
     digest = hashlib.sha256()
     for file, content in zip(files, _attempts(files, lambda file: hashlib.sha256(file.read_bytes()).hexdigest())):
-        digest.update(f"{file.relative_to(source).as_posix()}\0{content}\0".encode())
+        name = f"{file.relative_to(source).as_posix()}\0{content}\0"
+        digest.update(name.encode("utf-8", "surrogateescape"))  # a name on disk may be any bytes
     return digest.hexdigest()
 
 

@@ -17,7 +17,6 @@ __all__ = ['TEXTURE_LEVELS', 'LUMINANCE_CHROMA', 'ROUNDING', 'BOOTSTRAP_FEATURES
 import dataclasses
 import hashlib
 import io
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .core import HybridVAEError, weights_hash
+from .core import HybridVAEError, env_path, user_path, weights_hash
 from .data import FACTORS, ImageData, draw_shapes
 from .features import gaussian_blur
 
@@ -408,11 +407,11 @@ def _inception_file(path: str | Path | None) -> Path:
     "The weights file: as given, or downloaded to torch's cache."
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    given = path or os.environ.get("HYBRIDVAE_INCEPTION")
+    given = user_path(path) if path else env_path("HYBRIDVAE_INCEPTION")
     if given:
-        if not Path(given).is_file():
+        if not given.is_file():
             raise HybridVAEError(f"there is no file {given}: set HYBRIDVAE_INCEPTION to the path of {INCEPTION_FILE}.")
-        return Path(given)
+        return given
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE  # where torch-fidelity looks too
     if not file.exists():
         try:

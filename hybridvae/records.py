@@ -10,12 +10,11 @@ __all__ = ['TABLE_KINDS', 'results_folder', 'record_roots', 'all_records', 'outd
 # %% ../nbs/00i_records.ipynb #9d760e07
 #| code-fold: true
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .core import HybridVAEError, load_record, load_records, project_root, record_path
+from .core import HybridVAEError, env_path, load_record, load_records, project_root, record_path
 from .entries import Entry, options_of
 from .metrics import WITHOUT_NETWORK
 
@@ -32,7 +31,7 @@ def results_folder() -> Path:
 
 def record_roots() -> list[Path]:
     "Folders of records: the committed ones, and `$HYBRIDVAE_RUNS` where it is set."
-    return [results_folder(), *map(Path, filter(None, [os.environ.get("HYBRIDVAE_RUNS")]))]
+    return [results_folder(), *filter(None, [env_path("HYBRIDVAE_RUNS")])]
 
 
 def all_records(

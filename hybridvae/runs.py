@@ -43,8 +43,11 @@ def _drawn(model: Model, batch: int, source: Source, arguments: dict, precision:
 def _timed(draw: Callable[[], torch.Tensor], file: Path | None, check: Callable) -> tuple[torch.Tensor, float]:
     "The images of a batch and the seconds that they took: read from the file, or drawn and kept in it."
     if file and file.exists():
-        with np.load(file) as kept:
-            return torch.from_numpy(kept["images"]), float(kept["seconds"])
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                return torch.from_numpy(kept["images"]), float(kept["seconds"])
+        except Exception as error:  # NumPy, zipfile and zlib have kinds of their own for files that are damaged
+            raise HybridVAEError(f"{file} is damaged ({reason(error)}): remove it and run again.") from error
     check()
     begun = time.monotonic()
     images = draw()
