@@ -918,7 +918,7 @@ def read_bench(path: str | Path) -> dict:
     if path.is_dir():
         raise HybridVAEError(f"{path} is a folder: give the name of a file.")
     try:
-        content = json.loads(path.read_text()) if path.exists() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise HybridVAEError(f"{path} is not a result of `hybridvae bench` ({error}): choose another file.") from error
     if not isinstance(content, dict) or set(content) - {"peers", "growth", "int8"}:

@@ -79,7 +79,7 @@ def state(entry: Entry, runs: str | Path = "runs") -> str:
 def _measured(entry: Entry, folder: Path) -> str:
     "How many of a trained entry's evaluations and studies are done."
     try:
-        done = json.loads((folder / "measured.json").read_text())
+        done = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
         n = len(done["evaluations"]) + sum(name in done for name in entry.studies)
     except (OSError, ValueError, KeyError):
         return ""
@@ -90,7 +90,7 @@ def _training(checkpoint: Path, steps: int) -> str:
     "How far a training is, and the minutes that it still takes at its speed so far."
     step = int(checkpoint.name.split("-")[1])
     try:
-        seconds = json.loads((checkpoint / "progress.json").read_text())["seconds"]
+        seconds = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["seconds"]
     except (OSError, ValueError, KeyError):
         return f"training, {step / steps:.0%}"
     return f"training, {step / steps:.0%}, {seconds / step * (steps - step) / 60:,.0f} min left"
@@ -114,7 +114,7 @@ def give_way() -> None:
     nice = os.nice(0)
     if nice > 0:
         with contextlib.suppress(OSError):  # no such kernel, or no groups
-            Path("/proc/self/autogroup").write_text(str(nice))
+            Path("/proc/self/autogroup").write_text(str(nice), encoding="utf-8")
 
 # %% ../nbs/90_campaign.ipynb #7e0a9001
 def _due(entry: Entry, runs: Path, only: str | None) -> bool:

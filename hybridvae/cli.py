@@ -20,6 +20,7 @@ __all__ = ['LARGEST', 'app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName',
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
 import contextlib
+import functools
 import io
 import math
 import os
@@ -32,43 +33,38 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-import typer.core
 
 # %% ../nbs/91_cli.ipynb #bf781bae
 LARGEST = 2**32 - 1  # of whole numbers, seeds among them: what every generator takes, NumPy's and scikit-learn's too
 
 
-def _checked(value, seed: bool):
-    "An option's value, `~` replaced. Raises `ValueError` for numbers that cannot be."
+def _checked(name: str, value):
+    "An option's value, `~` replaced. Raises `typer.BadParameter` for numbers that cannot be."
     if isinstance(value, (list, tuple)):
-        return type(value)(_checked(part, seed) for part in value)
+        return type(value)(_checked(name, part) for part in value)
+    hint, least = f"'--{name.replace('_', '-')}'", 0 if "seed" in name else -LARGEST
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is not a finite number.")
-    if isinstance(value, int) and not (0 if seed else -LARGEST) <= value <= LARGEST:
-        raise ValueError(f"{value} is not in the range {0 if seed else -LARGEST}<=x<={LARGEST}.")
+        raise typer.BadParameter(f"{value} is not a finite number.", param_hint=hint)
+    if isinstance(value, int) and not least <= value <= LARGEST:
+        raise typer.BadParameter(f"{value} is not in the range {least}<=x<={LARGEST}.", param_hint=hint)
     if isinstance(value, (str, Path)) and str(value).startswith("~"):
         return type(value)(os.path.expanduser(value))
     return value
 
 
-class _Command(typer.core.TyperCommand):
-    "A command whose numbers are all checked before it begins, and whose paths may begin with `~`."
-
-    def make_context(self, info_name, args, parent=None, **extra):
-        ctx = super().make_context(info_name, args, parent, **extra)
-        for parameter in self.params:
-            try:
-                ctx.params[parameter.name] = _checked(ctx.params.get(parameter.name), "seed" in parameter.name)
-            except ValueError as error:
-                raise typer.BadParameter(str(error), ctx=ctx, param=parameter) from None
-        return ctx
-
-
 class _App(typer.Typer):
-    "Its commands are such commands."
+    "Before a command begins, all its numbers are checked; and its paths may begin with `~`."
 
-    def command(self, *names, **options):
-        return super().command(*names, cls=_Command, **options)
+    def command(self, *words, **options):
+        register = super().command(*words, **options)
+
+        def of(function: Callable) -> Callable:
+            @functools.wraps(function)
+            def checked(**given):
+                return function(**{name: _checked(name, value) for name, value in given.items()})
+            register(checked)
+            return function
+        return of
 
 
 app = _App(
@@ -465,7 +461,7 @@ def interpolate(
     precision: Precision = "auto",
 ):
     "A path from one code, or one noise, to another. Rows: x̂, and its refinement."
-    from hybridvae.generators import checked_options, code_model, path_rows
+    from hybridvae.generators import checked_options, code_model, path_rows, same_images
     from hybridvae.images import check_target, read_images, write_rows
 
     check_target(out)
@@ -480,6 +476,8 @@ def interpolate(
     rows = path_rows(model, vary, ends, n, options, seed)
     names = ", ".join(("x̂", "refinement")[:len(rows)])
     print(f"{n} images, in rows: {names}; in {write_rows(rows, out)}")
+    if vary == "code" and same_images(rows[0]):
+        print("note: x̂ is the same all along the path: the code of these weights says nothing about an image.")
 
 # %% ../nbs/91_cli.ipynb #913394e2
 KeptPrior = Annotated[Fitted | None, typer.Option(
@@ -566,7 +564,7 @@ def _measure_variants(weights: str, model, dataset: str, file: Path) -> None:
     from hybridvae.generators import data_for, measuring_networks
     from hybridvae.quantization import distances_after
 
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     features = measuring_networks(dataset, "", None, torch.device("cpu"))[0]
     rows = distances_after(model, features, data_for(model, dataset, "test"))
     write_json(file, before | {weights: {"dataset": dataset, "rows": rows, **provenance("cpu")}})

@@ -75,8 +75,8 @@ _REMEDIES = {errno.ENOSPC: "free some disk space or choose another folder, then 
 def atomic_path(target: str | Path):  # the file or folder that shall appear
     """Yield a temporary path beside `target`; rename it to `target` at the end, or remove it if anything failed.
 
-    Raises `HybridVAEError` where the disk is full, the folder cannot be written, or another process has made a folder of
-    this name in the meantime.
+    Raises `HybridVAEError` where the disk is full, the folder cannot be written, or another process has made a folder
+    of this name in the meantime.
     """
     target = Path(target)
     tmp = None
@@ -345,7 +345,8 @@ def build_model(config: dict) -> Model:
     _check_numbers(name, config)
     try:
         return cls.from_config(config)
-    except (TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError, MemoryError) as error:
+    except (TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError,
+            MemoryError) as error:
         raise HybridVAEError(f"the config of {name} does not fit ({reason(error)}): "
                              "compare it with the class's arguments.") from error
 
@@ -474,7 +475,8 @@ def device_name(device: str | torch.device) -> str:
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines() if line.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else model
     return f"{model}, {torch.get_num_threads()} threads"
 
@@ -538,14 +540,14 @@ def write_json(path: Path, content: dict) -> Path:
     "Write JSON atomically. Raises `ValueError` where a number is not finite."
     text = json.dumps(content, indent=1, allow_nan=False)
     with atomic_path(path) as tmp:
-        tmp.write_text(text + "\n")
+        tmp.write_text(text + "\n", encoding="utf-8")
     return path
 
 # %% ../nbs/00a_core.ipynb #cell-033
 def load_record(path: Path) -> dict:
     "One record. Raises `HybridVAEError` for a file that is none."
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         record["experiment"], record["dataset"], record["subset"], record["seed"]
     except (ValueError, KeyError, TypeError) as error:
         raise HybridVAEError(f"{path} is not a run record ({error}): remove it and run its entry again.") from error

@@ -21,7 +21,7 @@ from .core import (HybridVAEError, Model, build_model, count_parameters, default
 from .data import Batches, ImageData, load_data
 from .experiments import PRESETS
 from .distillation import GO_ON, ladder, student_of
-from .generators import checked_options, computing_on, data_for, load_generator
+from .generators import checked_options, computing_on, data_for, dead_parts, load_generator
 from .runs import Clock
 from .training import TrainConfig, TrainResult, autocast, check_same_run, eager, train
 from .vae import VAE
@@ -89,7 +89,7 @@ def _known(note: Path, identity: dict) -> dict:
     Raises `HybridVAEError` where it is that of another run.
     """
     try:
-        known = json.loads(note.read_text())
+        known = json.loads(note.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
@@ -128,6 +128,7 @@ def train_model(
         result = train(model, images[0], config, out, seed, images[1], minutes, cpu=cpu, progress=progress)
         if result.finished:
             save_model(model, out / "model.safetensors")
+            _say_what_is_dead(model, images[1])
             _save_samples(model, out, seed)
             write_json(note, identity | _measured(model, config, result))
         return result.finished
@@ -139,6 +140,14 @@ def _save_samples(model: Model, out: Path, seed: int) -> None:
         pictures = model.showcase(20, image_draws(seed, 0, 20), **checked_options(model))
     for name, images in pictures.items():
         save_grid(images, out / f"samples{name and f'-{name}'}.png", columns=10)
+
+
+def _say_what_is_dead(model: Model | None, heldout: ImageData) -> None:
+    "Print a note for each part of a trained model that does nothing, as up to 64 held-out images show."
+    if len(heldout) > 1 and model is not None and hasattr(model, "sample"):
+        with eager():
+            notes = dead_parts(model, heldout.first(min(64, len(heldout))).tensor())
+        print(*[f"note: {note}" for note in notes], sep="\n", end="\n" * bool(notes))
 
 
 def _measured(model: Model, config: TrainConfig, result: TrainResult) -> dict:
@@ -184,6 +193,7 @@ def train_own(
     hybrid = wanted.model == "diffusevae"
     if hybrid and wanted.vae:
         vae: Model | None = load_vae(wanted.vae, size)
+        _say_what_is_dead(vae, images[1])
     else:
         folder = wanted.out / "vae" if hybrid else wanted.out
         vae = _part(wanted, {"model": "VAE", **preset["vae"]}, preset, "train_vae", images, folder, clock)

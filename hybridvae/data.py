@@ -484,7 +484,7 @@ def _save_attributes(folder: Path, path: Path, ids: np.ndarray) -> None:
         raise HybridVAEError(f"{path} does not hold 40 attributes of each of the {len(ids):,} images: get the official "
                              "file again, or remove it to do without attributes.")
     with atomic_path(folder / "attribute_names.json") as names_path:
-        names_path.write_text(json.dumps(list(table.columns)))
+        names_path.write_text(json.dumps(list(table.columns)), encoding="utf-8")
     with atomic_path(folder / "train_attributes.npy") as values_path:
         np.save(values_path, (values == 1).astype(np.uint8))
 
@@ -528,7 +528,7 @@ def _read_attributes(folder: Path, n: int) -> tuple[np.ndarray | None, tuple[str
         return None, ()
     labels, path = read_array(folder / "train_attributes.npy", (n, 40), high=1), folder / "attribute_names.json"
     try:
-        names = tuple(map(str, json.loads(path.read_text())))
+        names = tuple(map(str, json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError):
         names = ()
     if len(names) != 40:
@@ -609,7 +609,7 @@ def prepare_folder(
             crop = partial(crop_square, image_size=image_size)
             failed += _write_images(new / f"{split}_images.npy", part, crop, image_size)
         _refuse_failed(sorted(failed, key=lambda pair: files.index(pair[0])), len(files), source, image_size)
-        (new / "origin.json").write_text(json.dumps(origin))
+        (new / "origin.json").write_text(json.dumps(origin), encoding="utf-8")
     return folder
 
 # %% ../nbs/00b_data.ipynb #a82cac85
@@ -662,7 +662,7 @@ def _same_folder(folder: Path, origin: dict, source: Path) -> Path:
     Raises `HybridVAEError` where it holds anything else.
     """
     try:
-        same = json.loads((folder / "origin.json").read_text()) == origin
+        same = json.loads((folder / "origin.json").read_text(encoding="utf-8")) == origin
     except (OSError, ValueError):
         same = False
     if not same or not _is_prepared(folder):

@@ -652,7 +652,7 @@ def fit_by_name(
 ) -> Prior:
     """A prior fitted to codes, the same for the same seed; torch's global generator is left as it was.
 
-    Warns where the fit ended because the prior diverged. Raises `HybridVAEError` for an unknown name, unusable codes,
+    Warns where the fit ended because the prior diverged, or never got better than its start. Raises `HybridVAEError` for an unknown name, unusable codes,
     or "vamp" without images.
     """
     if name not in FITTED:
@@ -667,4 +667,7 @@ def fit_by_name(
         curve = fit_prior(prior, codes, seed=seed, **options)
     if curve["problem"]:
         warnings.warn(f"fitting {name}: {curve['problem']}", stacklevel=2)
+    elif curve["best_step"] == 0 and curve["step"][-1] > 0:
+        warnings.warn(f"fitting {name}: it learned nothing, since no step was better than its start on held-out codes; "
+                      "give more codes, or a lower learning rate", stacklevel=2)
     return prior.requires_grad_(False)

@@ -98,7 +98,7 @@ def _memory_timeline(profiler, device: torch.device, trace: str | Path | None) -
     with tempfile.TemporaryDirectory() as folder:
         with atomic_path(trace or Path(folder) / "trace.json.gz") as path:
             profiler.export_chrome_trace(str(path))
-            with gzip.open(path, "rt") as file:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
                 events = json.load(file)["traceEvents"]
     start = min((e["ts"] for e in events if e.get("name") == _PROFILED), default=0.0)
     kind = {"cpu": 0, "cuda": 1}.get(device.type)  # as the trace numbers them

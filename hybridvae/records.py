@@ -61,7 +61,7 @@ def recorded(entry: Entry, *roots: str | Path) -> dict | None:
 def read_json(path: Path, *keys: str) -> dict:
     "The content of a JSON file of the package. Raises `HybridVAEError` where it is damaged or lacks a key."
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         for key in keys:
             content[key]
     except (ValueError, KeyError, TypeError) as error:

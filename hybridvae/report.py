@@ -151,10 +151,10 @@ def render_report(
     nb = nbformat.read(source, as_version=4)
     NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
                    extra_arguments=["--log-level=ERROR"]).execute()
-    nb = resolve_references(nb, read_bibliography((source.parent / "refs.bib").read_text()))
+    nb = resolve_references(nb, read_bibliography((source.parent / "refs.bib").read_text(encoding="utf-8")))
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     html, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": "hybridvae report"}})
     target = folder / "report.html"
     with atomic_path(target) as file:
-        file.write_text(html)
+        file.write_text(html, encoding="utf-8")
     return target

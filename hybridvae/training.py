@@ -19,7 +19,9 @@ import math
 import os
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -241,7 +243,7 @@ def save_checkpoint(run_dir: Path, model, average, optimizer, progress: dict) ->
         with average.applied():
             save_model(model, tmp / "model.safetensors")
         save_file(_training_state(model, average, optimizer), tmp / "state.safetensors")
-        (tmp / "progress.json").write_text(json.dumps(progress))
+        (tmp / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
     for other in Path(run_dir).glob("checkpoint-*"):
         if other != target:
             shutil.rmtree(other)
@@ -431,7 +433,7 @@ def _not_finite(step: int, losses: dict[str, float], checkpoint: Path | None) ->
 def _read_progress(checkpoint: Path) -> dict:
     "The `progress.json` of a checkpoint. Raises `HybridVAEError` where it is damaged."
     try:
-        progress = json.loads((checkpoint / "progress.json").read_text())
+        progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
         for key in ("step", "history", "since_point", "identity", "seconds"):
             progress[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -533,6 +535,37 @@ class _Loop:
                   self.config.precision, self.accelerator.backward, note)
         self.average.update(self.config.ema_decay_at(step))
 
+# %% ../nbs/00g_training.ipynb #2489f1cc
+@contextlib.contextmanager
+def _signals_kept(loop: _Loop):
+    """Within it SIGINT and SIGTERM only enter the list that it yields; what they do is done at the end.
+
+    So the step under way is finished, and its checkpoint written. A second signal stops at once, and so does the first
+    with several processes, which would stop in different steps.
+    """
+    came: list[int] = []
+    alone = loop.accelerator.num_processes == 1 and threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if alone else ()
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def keep(number, frame):
+        came.append(number)
+        if len(came) > 1:
+            restore()
+            signal.raise_signal(number)
+    for number in numbers:
+        signal.signal(number, keep)
+    try:
+        yield came
+    finally:
+        restore()
+    if came:
+        signal.raise_signal(came[0])
+
 # %% ../nbs/00g_training.ipynb #178edd46
 def _expired(loop: _Loop, begun: float, minutes: float | None) -> bool:
     "Whether the limit has come. Clocks differ, so all processes stop in the same step."
@@ -542,8 +575,8 @@ def _expired(loop: _Loop, begun: float, minutes: float | None) -> bool:
     return expired
 
 
-def _steps(loop: _Loop, run: _Run, heldout: ImageData | None, minutes: float | None, every: int,
-           bar: tqdm) -> str | None:
+def _steps(loop: _Loop, run: _Run, heldout: ImageData | None, minutes: float | None, every: int, bar: tqdm,
+           signals: list[int]) -> str | None:
     "Take the steps that are left, with a checkpoint after every so many; why the model ended the run early, if it did."
     config, model, main = loop.config, loop.model, loop.accelerator.is_main_process
     marks = {round(config.steps * i / POINTS) for i in range(1, POINTS + 1)}  # where a point of the history is made
@@ -554,7 +587,7 @@ def _steps(loop: _Loop, run: _Run, heldout: ImageData | None, minutes: float | N
         loop.step(run.step, lambda terms: run.note(terms, check=loop.device.type == "cpu"))
         run.step += 1
         bar.update()
-        expired = _expired(loop, run.begun[0], minutes)
+        expired = _expired(loop, run.begun[0], minutes) or bool(signals)
         due = run.step % every == 0 or run.step == config.steps or time.monotonic() - run.saved > CHECKPOINT_SECONDS
         if run.step in marks or due or expired:
             run.check()
@@ -581,11 +614,12 @@ def _trained(loop: _Loop, run: _Run, data: ImageData, heldout: ImageData | None,
     loop.share(data)
     model.train()
     run.begun, run.saved = (time.monotonic(), time.process_time()), time.monotonic()
-    with _logging(run, main), tqdm(total=config.steps, initial=run.step, desc=type(model).__name__, unit="step",
-                                   disable=not (progress and main), mininterval=1) as bar:
+    bar = tqdm(total=config.steps, initial=run.step, desc=type(model).__name__, unit="step",
+               disable=not (progress and main), mininterval=1)
+    with _signals_kept(loop) as signals, _logging(run, main), bar:
         if run.step < config.steps and not model.stop_reason(run.history):
             _begin(run, model, data, loop.device)
-        stopped = _steps(loop, run, heldout, minutes, max(1, round(kimg * 1000 / config.batch_size)), bar)
+        stopped = _steps(loop, run, heldout, minutes, max(1, round(kimg * 1000 / config.batch_size)), bar, signals)
     finished = run.step >= config.steps or stopped is not None
     if finished:
         loop.average.swap()

@@ -2,12 +2,17 @@
 import copy
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import typing
 from pathlib import Path
+from unittest.mock import Mock
 
 import hybridvae
 import nbformat
@@ -22,7 +27,7 @@ from typer.testing import CliRunner
 
 from hybridvae import bench as benches
 from hybridvae import campaign as campaigns
-from hybridvae import core, custom, data, experiments, generators, report, runs, selection
+from hybridvae import cli, core, custom, data, experiments, generators, report, runs, selection
 from hybridvae.cli import app, main
 from hybridvae.core import HybridVAEError, image_draws, load_model, save_model, to_uint8, weights_hash
 from hybridvae.diffusevae import DiffuseVAE
@@ -36,7 +41,7 @@ from hybridvae.report import read_bibliography, render_report, resolve_reference
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
 from hybridvae.entries import find_entry
-from hybridvae.records import results_folder
+from hybridvae.records import record_roots, results_folder
 
 TINY_VAE = {"image_size": 32, "z_dim": 4, "width": 8, "multipliers": [1, 2], "patch": 4, "sigma": 0.1}
 TINY_UNET = {"image_size": 32, "width": 16, "multipliers": [1], "attention": [], "patch": 4}
@@ -810,6 +815,130 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(line, says, place, capsy
     before = files_below(place)
     assert re.search(says, sentence(capsys, monkeypatch, line))
     assert files_below(place) == before
+
+
+def numbers_of(name):
+    "The options of a command that are numbers: name, option, how many, whether whole."
+    hints = typing.get_type_hints(getattr(cli, name))
+    for parameter in COMMANDS[name].params:
+        kinds = typing.get_args(hints[parameter.name]) or (hints[parameter.name],)
+        if int in kinds or float in kinds:
+            yield parameter.name, max(parameter.opts, key=len), parameter.nargs, int in kinds
+
+
+NUMBERS = [(command, *number) for command in COMMANDS for number in numbers_of(command)]
+
+
+@pytest.mark.parametrize("words, name, option, count, whole", NUMBERS, ids=[f"{n[0]} {n[2]}" for n in NUMBERS])
+def test_numbers_that_cannot_be_are_refused_before_any_work(words, name, option, count, whole):
+    "Too large for a generator, not a number, or without end: of every number of every command, while it is parsed."
+    for parameter in COMMANDS[words.split()[0]].params:
+        if parameter.required:
+            words += f" {parameter.opts[-1] if parameter.param_type_name == 'option' else ''} nothing"
+    for value in (*(["9" * 20, "4294967296"] if whole else ["nan", "inf", "-inf"]), *["-1"] * ("seed" in name)):
+        answer = CliRunner().invoke(app, [*words.split(), option, *[value] * count])
+        assert answer.exit_code == 2 and "Invalid value for" in answer.output and option in answer.output, answer.output
+
+
+def test_every_command_takes_the_largest_seed(weights, tiny, tmp_path):
+    "A seed that is accepted is good for every generator that a command uses, scikit-learn's among them."
+    seed = f"--seed {cli.LARGEST} --cpu"
+    command("train --dataset shapes --model vae", seed, "--out", tmp_path / "run")
+    command("sample --n 2 --prior ex-pde --dataset shapes --weights", weights["vae"], seed, "--out", tmp_path / "x.npz")
+    command("sample --n 2 --prior mog --dataset shapes --weights", weights["vae"], seed, "--out", tmp_path / "y.npz")
+    command("interpolate --steps 1 --n 2 --weights", weights["hybrid"], seed, f"--seeds 0 {cli.LARGEST}",
+            "--out", tmp_path / "z.png")
+    command("evaluate --n 6 --steps 1 --dataset shapes --weights", weights["ddpm"], seed)
+
+
+def test_a_preset_that_does_not_fit_names_all_that_do(cache, tmp_path, capsys, monkeypatch):
+    "Every size that `data folder` accepts can be trained on: with what the sentence names, too."
+    assert all(custom._suits("shapes", size) for size in (16, 24, 56, 104, 224, 1000))
+    (cache / "large").mkdir()
+    for split in ("train", "test"):
+        np.save(cache / "large" / f"{split}_images.npy", np.zeros((8, 56, 56, 3), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    said = sentence(capsys, monkeypatch, "train --dataset large --model vae --cpu")
+    named = re.findall("--preset ([a-z0-9-]+)", said)
+    assert "56 x 56" in said and {"shapes", "cifar10"} <= set(named) and "celeba64" not in named
+    for name in named:
+        preset = custom.fitted_preset(name, "large", 56)
+        with torch.device("meta"):
+            assert custom.new_model({"model": "VAE", **preset["vae"]}, preset, 0).image_shape == (3, 56, 56)
+            custom.new_model({"model": "DDPM", "unet": preset["unet"]}, preset, 0)
+    assert files_below(tmp_path / "large-vae") == []
+
+
+def test_a_full_memory_gets_one_sentence(weights, tmp_path, capsys, monkeypatch):
+    for error in (MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate "
+                                              "memory: you tried to allocate 123 bytes.")):
+        monkeypatch.setattr(DDPM, "sample", Mock(side_effect=error))
+        said = sentence(capsys, monkeypatch, "sample --weights", weights["ddpm"], "--out", tmp_path / "x.png")
+        assert "memory is full" in said
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_array_of_images_gets_one_sentence(place, capsys, monkeypatch, share):
+    content = (place / "few.npz").read_bytes()
+    (place / "few.npz").write_bytes(content[:int(share * len(content))])
+    assert "few.npz cannot be used" in sentence(capsys, monkeypatch, "evaluate --dataset shapes --images few.npz")
+
+
+def test_a_home_folder_is_meant_by_its_sign_in_options_and_variables(weights, tmp_path, monkeypatch):
+    "No shell replaces it in --out=~/x.png, nor in a variable that is set by a program."
+    home = tmp_path / "home"
+    (home / "data" / "cifar10").mkdir(parents=True)
+    for variable, value in (("HOME", home), ("HYBRIDVAE_DATA", "~/data"), ("HYBRIDVAE_RUNS", "~/runs"),
+                            ("HYBRIDVAE_WEIGHTS", "~/weights")):
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(weights["vae"].parent, home / "weights")
+    command("sample --n 2 --cpu --weights ~/weights/vae.safetensors --out=~/x.png")
+    command("interpolate --n 2 --cpu --weights vae --images ~/x.png ~/x.png --out ~/y.png")
+    command("evaluate --n 6 --dataset shapes --cpu --weights=~/weights/vae.safetensors --json=~/m.json")
+    assert {"x.png", "y.png", "m.json"} <= set(files_below(home)) and files_below(tmp_path)[0] == "home"
+    assert (data.data_root(), weights_folder()) == (home / "data", home / "weights")
+    assert record_roots()[-1] == home / "runs" and not (tmp_path / "~").exists()
+
+
+LANGUAGES = {"ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+             "latin-1": {"PYTHONIOENCODING": "latin-1"}}
+
+
+@pytest.mark.parametrize("environment", LANGUAGES.values(), ids=LANGUAGES)
+def test_any_output_encoding_will_do(weights, photos, tmp_path, environment):
+    "x̂ is no letter of ASCII or Latin-1."
+    program = ("import sys\nfrom hybridvae.cli import main\n"
+               "for words in sys.argv[1].split(';'):\n"
+               "    sys.argv = ['hybridvae', *words.split()]\n"
+               "    try: main()\n"
+               "    except SystemExit as end: assert not end.code, words")
+    lines = [*(f"{name} --help" for name in COMMANDS), f"reconstruct --cpu --steps 1 --n 1 --weights {weights['hybrid']}"
+             f" --images {photos} --out {tmp_path / 'x.png'}"]
+    done = subprocess.run([sys.executable, "-c", program, ";".join(lines)], env={**os.environ, **environment},
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert b"1 images, in rows: image, x" in done.stdout and done.stdout.count(b"Usage:") == len(COMMANDS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_training_leaves_a_checkpoint_and_one_sentence_and_goes_on(tmp_path, number):
+    "The step that is under way is finished, the checkpoint is of that very step, and the end is as without a stop."
+    words = f"train --dataset shapes --model vae --small --kimg 1.28 --batch-size 16 --cpu --out {tmp_path}/"
+    run = lambda name: subprocess.Popen([sys.executable, "-m", "hybridvae", *(words + name).split()],
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = run("stopped")
+    while not list((tmp_path / "stopped").glob("checkpoint-*")) and first.poll() is None:
+        time.sleep(0.01)
+    first.send_signal(number)
+    said = first.communicate()[1].splitlines()[-1]
+    assert first.returncode == 128 + number and f"hybridvae: stopped by {number.name}" in said and said.endswith("."), said
+    (checkpoint,) = (tmp_path / "stopped").glob("checkpoint-*")
+    assert 8 <= int(checkpoint.name.split("-")[1]) < 80 and not (tmp_path / "stopped" / "model.safetensors").exists()
+    for name in ("stopped", "whole"):
+        assert run(name).wait() == 0
+    stopped, whole = (load_model(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
+    assert weights_hash(stopped) == weights_hash(whole)
 
 
 def test_a_campaign_for_a_gpu_does_not_start_without_one(capsys, monkeypatch):

@@ -435,7 +435,7 @@ def test_the_kernel_distance_is_unbiased_where_the_frechet_distance_is_not():
 
 
 @pytest.mark.parametrize("metric", [lambda: kernel_distance(cloud(50), cloud(60, seed=1), subsets=5, subset_size=20),
-                                    lambda: inception_score(cloud(57)),
+                                    lambda: inception_score(cloud(570)),
                                     lambda: diversity(cloud(20), cloud(20, seed=1))])
 def test_random_subsets_are_the_same_every_time_and_the_global_generator_is_left_alone(metric):
     torch.manual_seed(1)
@@ -460,9 +460,58 @@ def test_the_class_score_is_that_of_torch_fidelity():
 
 def test_the_class_score_goes_from_one_to_the_number_of_classes():
     sure = 800.0 * torch.nn.functional.one_hot(torch.arange(60) % 4).float()  # as far as exp underflows
-    assert inception_score(torch.zeros(60, 4)) == pytest.approx(1)
+    assert inception_score(torch.zeros(100, 4)) == pytest.approx(1)
     assert inception_score(sure, splits=1) == pytest.approx(4)
-    assert inception_score(sure[:1].repeat(60, 1)) == pytest.approx(1)
+    assert inception_score(sure[:1].repeat(100, 1)) == pytest.approx(1)
+
+
+def test_a_class_score_belongs_to_its_parts_and_few_images_have_none(network):
+    "Images of three classes in equal numbers, each surely of its own, have the score 3 for any n that has one."
+    perfect = lambda n: 50.0 * torch.nn.functional.one_hot(torch.arange(n) % 3).float()
+    for n in (1, 6, 60, 99):
+        with complains(f"{n} images are too few", "class score", "at least 100"):
+            inception_score(perfect(n))
+    with complains("too few"):
+        inception_score(perfect(19), splits=10)  # a part of one image would have the score 1
+    assert inception_score(perfect(60), splits=1) == pytest.approx(3)
+    for n in (100, 250, 999, 1_000, 5_000):
+        assert inception_score(perfect(n)) == pytest.approx(3, rel=0.03), n
+    assert [score_splits(n) for n in (99, 100, 250, 999, 1_000, 50_000)] == [0, 1, 2, 9, 10, 10]
+    few, enough = (compare(describe(network, shapes(n)), {"held-out": describe(network, shapes(20, 500))}, network)
+                   for n in (99, 100))
+    assert "class score (shapes)" not in few and "confidence (shapes)" in few
+    assert {"n": 100, "splits": 1}.items() <= enough["class score (shapes)"].items()
+
+
+OF_SETS = [frechet_distance, texture_distance, frechet_deviation, kernel_distance, diversity, precision_recall,
+           density_coverage, lambda a, b: confidence(a), lambda a, b: inception_score(a, splits=1)]
+
+
+@pytest.mark.parametrize("metric", OF_SETS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_few_images_or_equal_ones_a_metric_is_a_finite_number_or_a_sentence(metric, swapped):
+    "Sets smaller than the metric's k, of equal images on either side or both, and features that are not numbers."
+    equal, unsound = torch.ones(20, 8), cloud(20).index_fill(0, torch.tensor([3]), math.nan)
+    for few in (*(cloud(n) for n in range(7)), equal, unsound):
+        for other in (cloud(50, seed=1), equal):
+            try:
+                found = metric(*((other, few) if swapped else (few, other)))
+            except HybridVAEError as error:
+                assert re.search(r"too few|not finite|give images that differ", str(error))
+                continue
+            values = list(found.values()) if isinstance(found, dict) else [found]
+            assert all(map(math.isfinite, values)), (len(few), values)
+            assert few is not unsound or not (few is unsound and not swapped)
+
+
+def test_images_of_reference_without_detail_get_a_sentence(network):
+    flat = torch.full((20, 3, 32, 32), 128, dtype=torch.uint8)
+    with complains("give images that differ"):
+        compare(describe(network, shapes(20)), {"held-out": describe(network, flat)}, network)
+    found = compare(describe(network, flat), {"held-out": describe(network, shapes(20))}, network)
+    assert found["diversity (shapes)"]["value"] == found["high-frequency power"]["value"] == 0
+    with complains("same one"):
+        linear_readout(cloud(30), np.zeros((30, 8)), cloud(30), np.zeros((30, 8)))
 
 
 # --- neighbours -------------------------------------------------------------------------------------------------------
@@ -669,7 +718,6 @@ def test_a_comparison_says_what_was_compared_with_what():
         "texture distance to training set":
             (texture_distance(sampled.texture, train.texture), "training set, 90 images"),
         "KID (plain)": (kernel_distance(sampled.features, held_out.features), "held-out, 60 images"),
-        "class score (plain)": (inception_score(sampled.logits), None),
         "confidence (plain)": (sampled.logits.double().exp().div(sampled.logits.double().exp().sum(dim=1, keepdim=True))
                                .max(dim=1).values.mean().item(), None),
         **{f"{name} (plain)": (value, "held-out, 40 images") for name, value in
@@ -695,7 +743,7 @@ def test_a_comparison_says_what_was_compared_with_what():
 def test_a_comparison_without_held_out_images_names_what_it_used(network):
     sampled, train = (describe(network, shapes(20, start)) for start in (0, 1000))
     names = compare(sampled, {"training set": train}, network).keys()
-    assert {"FD (shapes) to training set", "KID (shapes) to training set", "class score (shapes)"} <= names
+    assert {"FD (shapes) to training set", "KID (shapes) to training set", "confidence (shapes)"} <= names
     assert all(name.endswith("training set") for name in names if not name.startswith(("class score", "confidence")))
 
 
