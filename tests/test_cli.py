@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import typing
 from pathlib import Path
 from unittest.mock import Mock
@@ -845,10 +844,8 @@ def test_every_command_takes_the_largest_seed(weights, tiny, tmp_path):
     seed = f"--seed {cli.LARGEST} --cpu"
     command("train --dataset shapes --model vae", seed, "--out", tmp_path / "run")
     command("sample --n 2 --prior ex-pde --dataset shapes --weights", weights["vae"], seed, "--out", tmp_path / "x.npz")
-    command("sample --n 2 --prior mog --dataset shapes --weights", weights["vae"], seed, "--out", tmp_path / "y.npz")
     command("interpolate --steps 1 --n 2 --weights", weights["hybrid"], seed, f"--seeds 0 {cli.LARGEST}",
             "--out", tmp_path / "z.png")
-    command("evaluate --n 6 --steps 1 --dataset shapes --weights", weights["ddpm"], seed)
 
 
 def test_a_preset_that_does_not_fit_names_all_that_do(cache, tmp_path, capsys, monkeypatch):
@@ -895,7 +892,8 @@ def test_a_home_folder_is_meant_by_its_sign_in_options_and_variables(weights, tm
     shutil.copytree(weights["vae"].parent, home / "weights")
     command("sample --n 2 --cpu --weights ~/weights/vae.safetensors --out=~/x.png")
     command("interpolate --n 2 --cpu --weights vae --images ~/x.png ~/x.png --out ~/y.png")
-    command("evaluate --n 6 --dataset shapes --cpu --weights=~/weights/vae.safetensors --json=~/m.json")
+    command("evaluate --n 6 --dataset shapes --cpu --weights=~/weights/vae.safetensors --json=~/m.json "
+            "--features ~/weights/features.safetensors")
     assert {"x.png", "y.png", "m.json"} <= set(files_below(home)) and files_below(tmp_path)[0] == "home"
     assert (data.data_root(), weights_folder()) == (home / "data", home / "weights")
     assert record_roots()[-1] == home / "runs" and not (tmp_path / "~").exists()
@@ -921,24 +919,57 @@ def test_any_output_encoding_will_do(weights, photos, tmp_path, environment):
     assert b"1 images, in rows: image, x" in done.stdout and done.stdout.count(b"Usage:") == len(COMMANDS)
 
 
+def without(path, out, *parts):
+    "A weights file in which these parameters, and parts of them, are zero."
+    model = load_model(path)
+    for name, rows in parts:
+        model.get_parameter(name).data[rows] = 0
+    return save_model(model, out)
+
+
+ALL, OF_X_HAT = slice(None), (slice(None), slice(48, 96))  # of the first layer's input: patches of x_t, then of x̂
+
+
+def test_a_code_that_says_nothing_is_named_where_it_is_trained_given_and_followed(tiny, weights, tmp_path, monkeypatch):
+    "σ = 10 makes reconstruction worthless against the KL."
+    silent = "the code of this VAE says nothing about an image"
+    monkeypatch.setitem(custom.PRESETS["shapes"], "vae", TINY_VAE | {"sigma": 10.0})
+    said = command("train --dataset shapes --model vae --kimg 0.32 --batch-size 16 --lr 0.01 --cpu --out", tmp_path / "v")
+    assert silent in said and "lower sigma" in said
+    words = "train --dataset shapes --kimg 0.032 --batch-size 16 --cpu --out"
+    dead = tmp_path / "v" / "model.safetensors"
+    assert silent in command(words, tmp_path / "h", "--vae", dead)
+    assert silent not in command(words, tmp_path / "sound", "--vae shapes-vae")
+    one = without(weights["vae"], tmp_path / "one.safetensors", ("decoder.net.0.weight", ALL))
+    for path in (one, weights["vae"]):
+        said = command("interpolate --n 3 --cpu --weights", path, "--out", tmp_path / "i.png")
+        assert ("x̂ is the same all along the path" in said) == (path == one)
+
+
+def test_a_refiner_that_ignores_what_it_is_given_is_named(weights, tmp_path):
+    images = data.load_data("shapes", "test").first(16).tensor()
+    for zeroed, named in (([], []), ([("unet.stem.weight", OF_X_HAT)], ["x̂"]),
+                          ([("unet.z_mlp.0.weight", ALL)], ["z"]),
+                          ([("unet.stem.weight", OF_X_HAT), ("unet.z_mlp.0.weight", ALL)], ["x̂", "z", "guidance"])):
+        path = without(weights["guided"], tmp_path / "m.safetensors", *zeroed)
+        found = [text.split(" has no effect") for text in generators.dead_parts(load_model(path), images)]
+        assert [name for name, *rest in found if rest] == named
+        said = command("sample --cpu --n 1 --steps 1 --guidance-weight 3 --weights", path, "--out", tmp_path / "x.png")
+        assert ("--guidance-weight has no effect" in said) == ("guidance" in named)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_training_leaves_a_checkpoint_and_one_sentence_and_goes_on(tmp_path, number):
-    "The step that is under way is finished, the checkpoint is of that very step, and the end is as without a stop."
-    words = f"train --dataset shapes --model vae --small --kimg 1.28 --batch-size 16 --cpu --out {tmp_path}/"
-    run = lambda name: subprocess.Popen([sys.executable, "-m", "hybridvae", *(words + name).split()],
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first = run("stopped")
-    while not list((tmp_path / "stopped").glob("checkpoint-*")) and first.poll() is None:
-        time.sleep(0.01)
-    first.send_signal(number)
-    said = first.communicate()[1].splitlines()[-1]
-    assert first.returncode == 128 + number and f"hybridvae: stopped by {number.name}" in said and said.endswith("."), said
-    (checkpoint,) = (tmp_path / "stopped").glob("checkpoint-*")
-    assert 8 <= int(checkpoint.name.split("-")[1]) < 80 and not (tmp_path / "stopped" / "model.safetensors").exists()
-    for name in ("stopped", "whole"):
-        assert run(name).wait() == 0
-    stopped, whole = (load_model(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
-    assert weights_hash(stopped) == weights_hash(whole)
+def test_a_signal_ends_a_command_with_one_sentence_and_nothing_half_written(weights, tmp_path, capsys, monkeypatch,
+                                                                             number):
+    monkeypatch.setattr(DDPM, "sample", lambda self, n, **options: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    monkeypatch.setattr("sys.argv", words_of(("hybridvae sample --cpu --weights", weights["ddpm"], "--out",
+                                              tmp_path / "x.png")))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 128 + number and said.startswith(f"hybridvae: stopped by {number.name}: nothing is left")
+    assert files_below(tmp_path) == [] and signal.getsignal(number) == before
 
 
 def test_a_campaign_for_a_gpu_does_not_start_without_one(capsys, monkeypatch):

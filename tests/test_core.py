@@ -1,4 +1,5 @@
 """Seeded draws, atomic files, run records, weights files, pixels and grids."""
+import ast
 import errno
 import json
 import math
@@ -454,3 +455,47 @@ def test_a_folder_that_another_process_has_made_meanwhile_is_left_alone(tmp_path
         (tmp_path / "folder").mkdir()
         (tmp_path / "folder" / "theirs").touch()
     assert files_below(tmp_path) == ["folder", "folder/theirs"]
+
+
+def test_our_own_text_files_are_utf_8_whatever_the_locale():
+    "Every text file that a module opens has its encoding stated."
+    for path in core.package_folder().glob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            mode = [a.value for a in call.args if isinstance(a, ast.Constant) and str(a.value) in ("rt", "r", "w", "a", "wt")]
+            if name in ("read_text", "write_text") or (name == "open" and mode):
+                assert "encoding" in [k.arg for k in call.keywords], f"{path.name}, line {call.lineno}"
+
+
+# --- configs that somebody has edited ---------------------------------------------------------------------------------
+
+EDITS = {"patch": [0, -2, 1.5, "2", None], "multipliers": [[], [0], 3, ["a"], [1, math.nan]], "image_size": [0, 17, 10**20],
+         "width": [0, -8, 2.5, [8]], "blocks": [0, "many"], "sigma": [0, -1, math.nan, math.inf, "x"],
+         "prior": [{}, {"prior": "x"}, 7], "z_dim": [0, -1, "z"], "beta": [math.nan], "colour": ["red"]}
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in EDITS.items() for value in values])
+def test_a_config_edited_by_hand_gets_one_sentence(vae, tmp_path, key, value):
+    path = save_model(vae, tmp_path / "vae.safetensors")
+    save_file(load_file(path), path, metadata={"config": json.dumps(vae.config | {key: value})})
+    with complains(path, "does not hold a hybridvae model"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "null", '"VAE"', "{", '{"model": ["VAE"]}', '{"model": "VAE", "z_dim": {}}'])
+def test_a_config_that_is_none_gets_one_sentence(vae, tmp_path, text):
+    path = save_model(vae, tmp_path / "vae.safetensors")
+    save_file(load_file(path), path, metadata={"config": text})
+    with complains(path, "does not hold a hybridvae model"):
+        load_model(path)
+
+
+def test_the_reason_for_refusing_weights_is_the_whole_one(vae, tmp_path):
+    path = save_model(vae, tmp_path / "vae.safetensors")
+    state = load_file(path)
+    state.pop("encoder.net.0.bias")
+    save_file(state, path, metadata={"config": json.dumps(vae.config)})
+    with complains(path, "Missing key", "encoder.net.0.bias"):
+        load_model(path)
+    with complains("multipliers of VAE.unet is []"):
+        build_model({"model": "VAE", "unet": {"multipliers": []}})

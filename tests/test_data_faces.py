@@ -2,8 +2,10 @@
 import hashlib
 import io
 import json
+import os
 import resource
 import shutil
+import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -755,3 +757,29 @@ def test_arrays_made_by_others_are_a_data_set_too(root):
         np.save(root / "mine" / f"{split}_images.npy", np.zeros((n, 48, 48, 3), np.uint8))
     assert load_data("mine").description == "mine, 3 images" and load_data("mine", "test").image_size == 48
     assert json.dumps(prepared_names()) == '["mine"]'
+
+
+def test_a_file_name_that_is_no_text_is_a_name_like_any_other(tmp_path, monkeypatch):
+    "On Linux a name is any bytes: here Latin-1 in a file system that is read as UTF-8."
+    monkeypatch.setenv("HYBRIDVAE_DATA", str(tmp_path / "cache"))
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / "image.png")
+        os.rename(tmp_path / "image.png", os.fsencode(tmp_path / "photos") + b"/caf\xe9%d.png" % i)
+    for _ in range(2):  # the same call again does nothing
+        folder = prepare_folder(tmp_path / "photos", "cafe", 16)
+    assert len(np.load(folder / "train_images.npy")) == 2
+
+
+def test_a_user_without_a_home_folder_needs_only_a_place_for_data(tmp_path):
+    "As in a container that runs with a user number that its list of users does not have."
+    program = ("import os\nos.environ.pop('HOME', None)\n"
+               "from hybridvae.data import data_root\n"
+               "os.setuid(54321) if os.getuid() == 0 else None\n"
+               "import pathlib; pathlib.Path.home = classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError('none')))\n"
+               "try: print(data_root())\nexcept Exception as error: print(type(error).__name__, error)")
+    run = lambda **more: subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={
+        **{k: v for k, v in os.environ.items() if k not in ("HYBRIDVAE_DATA", "XDG_CACHE_HOME")}, **more}).stdout.strip()
+    assert run(HYBRIDVAE_DATA=str(tmp_path)) == str(tmp_path)
+    assert run(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "hybridvae")
+    assert run() == "HybridVAEError there is no home folder to keep data in: set HYBRIDVAE_DATA to a folder."

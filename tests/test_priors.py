@@ -748,3 +748,18 @@ def test_a_fit_by_name_that_diverges_warns_and_keeps_a_sound_prior():
     with pytest.warns(UserWarning, match="fitting realnvp: the FlowPrior has diverged"):
         prior = fit_by_name("realnvp", codes, steps=60, lr=30.0, every=10)
     assert not check_prior(prior, codes)["problem"]
+
+
+@pytest.mark.parametrize("name", ["ex-pde", "mog", "realnvp"])
+@pytest.mark.parametrize("number", [math.nan, math.inf, 1e300, 1e30, -1e9])
+def test_codes_that_cannot_be_fitted_get_one_sentence_for_every_prior(name, number):
+    codes = torch.randn(100, 2, dtype=torch.float64, generator=generator())
+    codes[3, 1] = number
+    with complains("codes", "not finite, or beyond", "encoder"):
+        fit_by_name(name, codes)
+
+
+def test_a_flow_that_learned_nothing_is_named(monkeypatch):
+    codes = torch.randn(200, 2, generator=generator())
+    with pytest.warns(UserWarning, match="fitting realnvp: it learned nothing"):
+        fit_by_name("realnvp", codes, steps=3, every=1, lr=5.0)

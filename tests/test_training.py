@@ -247,6 +247,37 @@ def test_what_a_kill_left_of_a_checkpoint_is_not_taken_for_one(tmp_path):
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_of_the_step_under_way_and_the_run_goes_on_bit_for_bit(tmp_path, number):
+    class Ended(BaseException):
+        pass
+
+    def handler(*about):
+        raise Ended
+    before = signal.signal(number, handler)
+    try:
+        model = before_each_loss(small_vae(), lambda step: signal.raise_signal(number) if step == KILLED_IN else None)
+        with pytest.raises(Ended):
+            quietly(model, tmp_path / "stopped", settings(flip=True), checkpoint_kimg=0.04)
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert progress(tmp_path / "stopped")["step"] == KILLED_IN + 1
+    assert [p.name for p in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{KILLED_IN + 1}"]
+    for name in ("stopped", "whole"):
+        quietly(small_vae(), tmp_path / name, settings(flip=True), checkpoint_kimg=0.04)
+    stopped, whole = (load_file(tmp_path / name / "checkpoint-24" / "state.safetensors") for name in ("stopped", "whole"))
+    assert same(stopped, whole)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    "As somebody expects who presses Ctrl-C again."
+    twice = before_each_loss(small_vae(), lambda step: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        quietly(twice, tmp_path, settings())
+    assert not latest_checkpoint(tmp_path)
+
+
 def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on_as_if_alone(tmp_path):
     first = as_a_process("hold", tmp_path / "two", background=True)
     try:
