@@ -16,7 +16,7 @@ import torch
 
 from .campaign import load_stages
 from .core import (HybridVAEError, Model, build_model, count_parameters, default_device, derive_seed,
-                            image_draws, load_model, provenance, reason, save_grid, save_model, sole_use, weights_hash,
+                            image_draws, load_model, provenance, save_grid, save_model, sole_use, weights_hash,
                             write_json)
 from .data import Batches, ImageData, load_data
 from .experiments import PRESETS

@@ -16,7 +16,6 @@ import errno
 import functools
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator

@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from .campaign import load_stages
-from .core import (Draws, HybridVAEError, Model, default_device, device_name, image_draws, load_model, provenance,
-                            to_float, to_uint8, weights_hash)
+from .core import (Draws, HybridVAEError, Model, default_device, device_name, image_draws, load_model,
+                            provenance, to_float, to_uint8, weights_hash)
 from .data import ImageData, load_data
 from .features import (FEATURE_DATASETS, FEATURE_WEIGHTS, is_feature_network, load_features, shipped_features,
                                 weights_folder)

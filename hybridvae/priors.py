@@ -652,8 +652,8 @@ def fit_by_name(
 ) -> Prior:
     """A prior fitted to codes, the same for the same seed; torch's global generator is left as it was.
 
-    Warns where the fit ended because the prior diverged, or never got better than its start. Raises `HybridVAEError` for an unknown name, unusable codes,
-    or "vamp" without images.
+    Warns where the fit ended because the prior diverged, or never got better than its start. Raises `HybridVAEError`
+    for an unknown name, unusable codes, or "vamp" without images.
     """
     if name not in FITTED:
         raise HybridVAEError(f"there is no prior called {name!r}: choose from {', '.join(FITTED)}.")

@@ -35,7 +35,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .core import (Draws, HybridVAEError, Model, atomic_path, config_hash, count_flops, count_parameters,
-                            derive_seed, reason, save_model, sole_use)
+                            derive_seed, save_model, sole_use)
 from .data import Batches, ImageData
 
 # %% ../nbs/00g_training.ipynb #7ec4a001

@@ -911,8 +911,8 @@ def test_any_output_encoding_will_do(weights, photos, tmp_path, environment):
                "    sys.argv = ['hybridvae', *words.split()]\n"
                "    try: main()\n"
                "    except SystemExit as end: assert not end.code, words")
-    lines = [*(f"{name} --help" for name in COMMANDS), f"reconstruct --cpu --steps 1 --n 1 --weights {weights['hybrid']}"
-             f" --images {photos} --out {tmp_path / 'x.png'}"]
+    lines = [*(f"{name} --help" for name in COMMANDS),
+             f"reconstruct --cpu --steps 1 --n 1 --weights {weights['hybrid']} --images {photos} --out {photos}/x.png"]
     done = subprocess.run([sys.executable, "-c", program, ";".join(lines)], env={**os.environ, **environment},
                           capture_output=True)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
@@ -934,7 +934,8 @@ def test_a_code_that_says_nothing_is_named_where_it_is_trained_given_and_followe
     "σ = 10 makes reconstruction worthless against the KL."
     silent = "the code of this VAE says nothing about an image"
     monkeypatch.setitem(custom.PRESETS["shapes"], "vae", TINY_VAE | {"sigma": 10.0})
-    said = command("train --dataset shapes --model vae --kimg 0.32 --batch-size 16 --lr 0.01 --cpu --out", tmp_path / "v")
+    line = "train --dataset shapes --model vae --kimg 0.32 --batch-size 16 --lr 0.01 --cpu --out"
+    said = command(line, tmp_path / "v")
     assert silent in said and "lower sigma" in said
     words = "train --dataset shapes --kimg 0.032 --batch-size 16 --cpu --out"
     dead = tmp_path / "v" / "model.safetensors"

@@ -266,7 +266,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_under_way_and_the_run_goes_on_
     assert [p.name for p in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{KILLED_IN + 1}"]
     for name in ("stopped", "whole"):
         quietly(small_vae(), tmp_path / name, settings(flip=True), checkpoint_kimg=0.04)
-    stopped, whole = (load_file(tmp_path / name / "checkpoint-24" / "state.safetensors") for name in ("stopped", "whole"))
+    stopped, whole = (load_file(tmp_path / x / "checkpoint-24" / "state.safetensors") for x in ("stopped", "whole"))
     assert same(stopped, whole)
 
 
