@@ -235,7 +235,24 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     metric = FrechetInceptionDistance(feature=identity, sync_on_compute=False).set_dtype(torch.float64)
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
-    return metric.compute().item()
+    try:
+        return metric.compute().item()
+    except torch.linalg.LinAlgError:  # of images that are all alike: the same formula, by symmetric matrices
+        return _to_normal(features.double().cpu(), *_normal(reference.double().cpu())).item()
+
+
+def _normal(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Mean and covariance of features (M, F), and the covariance's root."
+    covariance = y.T.cov()
+    values, vectors = torch.linalg.eigh(covariance)
+    return y.mean(dim=0), covariance, vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def _to_normal(x: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    "Squared Fréchet distance of features (N, F) from what `_normal` returned."
+    own = x.T.cov()
+    product = torch.linalg.eigvalsh(root @ own @ root).clamp(min=0).sqrt().sum()  # of (Σ₁Σ₂)^½, the trace
+    return (x.mean(dim=0) - mean).square().sum() + own.trace() + covariance.trace() - 2 * product
 
 # %% ../nbs/00h_metrics.ipynb #7e0a2003
 def texture_distance(textures: torch.Tensor, reference: torch.Tensor) -> float:
@@ -266,15 +283,11 @@ def frechet_deviation(features: torch.Tensor, reference: torch.Tensor, draws: in
         return None
     _enough(2, "the deviation of a Fréchet distance", features, reference)
     x, y = features.double().cpu(), reference.double().cpu()
-    mean, covariance = y.mean(dim=0), y.T.cov()
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    normal = _normal(y)
     generator, distances = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
         part = x[torch.randint(len(x), (len(x),), generator=generator)]
-        own = part.T.cov()
-        product = torch.linalg.eigvalsh(root @ own @ root).clamp(min=0).sqrt().sum()  # of (Σ₁Σ₂)^½, the trace
-        distances.append((part.mean(dim=0) - mean).square().sum() + own.trace() + covariance.trace() - 2 * product)
+        distances.append(_to_normal(part, *normal))
     return torch.stack(distances).std().item()
 
 # %% ../nbs/00h_metrics.ipynb #cell-018

@@ -17,9 +17,9 @@ from hybridvae.features import FeatureNetwork, gaussian_blur, load_features
 from hybridvae.metrics import (DEGRADATIONS, INCEPTION_FILE, ImageStatistics, compare, confidence, degraded,
                                density_coverage, describe, distance_floors, distance_scale, diversity, extract,
                                frechet_deviation, frechet_distance, high_frequency_power, inception_score,
-                               kernel_distance, linear_readout, load_inception, measure, metric_name, paired, paired_family,
-                               paired_table, path_length, power_spectrum, precision_recall, score_splits, slerp,
-                               texture, texture_distance)
+                               kernel_distance, linear_readout, load_inception, measure, metric_name, paired,
+                               paired_family, paired_table, path_length, power_spectrum, precision_recall,
+                               score_splits, slerp, texture, texture_distance)
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
