@@ -51,7 +51,7 @@ def _checked(name: str, value):
         return type(value)(os.path.expanduser(value))
     return value
 
-
+# %% ../nbs/91_cli.ipynb #d88819e6
 class _App(typer.Typer):
     "Before a command begins, all its numbers are checked; and its paths may begin with `~`."
 

@@ -243,7 +243,7 @@ def data_root() -> Path:
     except RuntimeError as error:
         raise HybridVAEError("there is no home folder to keep data in: set HYBRIDVAE_DATA to a folder.") from error
 
-
+# %% ../nbs/00b_data.ipynb #67e05c23
 MAP_ABOVE = 2**30  # bytes; larger arrays stay in their file and are memory-mapped
 
 

@@ -116,8 +116,8 @@ def dead_parts(model, images: torch.Tensor) -> list[str]:
         said = code_information(vae, x)
         if said < LEAST_INFORMATION:
             found.append(f"the code of this {type(vae).__name__} says nothing about an image ({said:.2g} nats, where "
-                         f"sound ones say more than {LEAST_INFORMATION}), so that x̂ is always the same: lower sigma or "
-                         "beta, or train longer.")
+                         f"sound ones say more than {LEAST_INFORMATION}), so that x̂ is always the same: lower sigma "
+                         "or beta, or train longer.")
     if isinstance(model, RefinerInputs):
         x_hat, z = model.draw_coarse(x.to(model.device), Draws(0, "dead parts", device=model.device))
         for name, effect in condition_effects(model, x_hat, z).items():

@@ -204,7 +204,7 @@ class _Identity(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return features
 
-
+# %% ../nbs/00h_metrics.ipynb #270f067d
 def _enough(least: int, what: str, *sets: torch.Tensor) -> None:
     "Raise `HybridVAEError` where a set is smaller than what a metric needs, or holds numbers that are not finite."
     for points in sets:
@@ -222,7 +222,7 @@ def _multiple(value: float, reference: float, what: str) -> float:
                              "differ, and have detail.")
     return value / reference
 
-
+# %% ../nbs/00h_metrics.ipynb #a0058ddf
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     """Squared Fréchet distance between normal distributions fitted to two feature sets (N, F), (M, F); float64.
 
@@ -240,7 +240,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     except torch.linalg.LinAlgError:  # of images that are all alike: the same formula, by symmetric matrices
         return _to_normal(features.double().cpu(), *_normal(reference.double().cpu())).item()
 
-
+# %% ../nbs/00h_metrics.ipynb #1d45906f
 def _normal(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Mean and covariance of features (M, F), and the covariance's root."
     covariance = y.T.cov()
