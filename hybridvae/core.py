@@ -16,7 +16,6 @@ __all__ = ['Source', 'MODELS', 'SIZES', 'RECORD_KEYS', 'INT8_SUFFIX', 'INT4', 'I
 import contextlib
 import copy
 import errno
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -31,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 
@@ -103,7 +103,7 @@ _OURS: set[Path] = set()  # folders that this process has locked
 
 @contextlib.contextmanager
 def sole_use(folder: str | Path):  # made where it is missing
-    """Yield the folder, which no other process that asks gets meanwhile; `flock` on its file `.lock`, which stays.
+    """Yield the folder, which no other process that asks gets meanwhile; a lock on its file `.lock`.
 
     A process may ask again for what it has. Of the processes that share a run the first has the lock. Raises `InUse`
     where another process has the folder, `HybridVAEError` where it cannot be written.
@@ -112,23 +112,24 @@ def sole_use(folder: str | Path):  # made where it is missing
     if path in _OURS or os.environ.get("RANK", "0") != "0":
         yield path
         return
+    lock = FileLock(path / ".lock", blocking=False)  # it ends with its process, however that ends
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = open(path / ".lock", "ab")
+        lock.acquire()
+    except Timeout:
+        raise InUse(f"{folder} is in use by another process: wait until that has ended, or choose another "
+                    "folder.") from None
+    except NotImplementedError:  # a file system without locks
+        pass
     except OSError as error:
         raise HybridVAEError(f"{folder} cannot be used for a run ({error.strerror}): choose a folder that can be "
                              "written.") from error
-    with file, contextlib.ExitStack() as stack:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUse(f"{folder} is in use by another process: wait until that has ended, or choose another "
-                        "folder.") from None
-        except OSError:  # a file system without locks
-            pass
-        _OURS.add(path)
-        stack.callback(_OURS.discard, path)
+    _OURS.add(path)
+    try:
         yield path
+    finally:
+        _OURS.discard(path)
+        lock.release()
 
 # %% ../nbs/00a_core.ipynb #cell-010
 def derive_seed(*keys: int | str) -> int:
