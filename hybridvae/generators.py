@@ -119,7 +119,8 @@ def dead_parts(model, images: torch.Tensor) -> list[str]:
                          f"sound ones say more than {LEAST_INFORMATION}), so that x̂ is always the same: lower sigma "
                          "or beta, or train longer.")
     if isinstance(model, RefinerInputs):
-        x_hat, z = model.draw_coarse(x.to(model.device), Draws(0, "dead parts", device=model.device))
+        device = next(model.parameters()).device
+        x_hat, z = model.draw_coarse(x.to(device), Draws(0, "dead parts", device=device))
         for name, effect in condition_effects(model, x_hat, z).items():
             if effect < LEAST_EFFECT:
                 found.append(f"{name} has no effect on this {type(model).__name__} ({effect:.1g} of its prediction): "

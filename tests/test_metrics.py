@@ -866,7 +866,7 @@ def test_with_inception_the_names_and_references_are_the_published_ones():
     network = WithClasses()
     network.name = "inception"
     sets = {name: describe(network, shapes(30, start)) for name, start in (("held-out", 1000), ("training set", 5000))}
-    found = compare(describe(network, shapes(20)), sets, network)
+    found = compare(describe(network, shapes(100)), sets, network)
     references = {name: (m["reference"] or "").partition(",")[0] for name, m in found.items()}
     assert references == {"FID": "training set", "FID to held-out": "held-out", "KID": "held-out", "IS": "",
                           "confidence (inception)": "", **{
