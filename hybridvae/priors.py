@@ -134,6 +134,21 @@ def mixture_of(x: torch.Tensor, shares: torch.Tensor) -> GaussianMixture:
     spread = torch.stack([about(*part) for part in zip(shares.T, means)]) / count[:, None, None]
     return GaussianMixture(count / count.sum(), means, spread + 1e-4 * torch.eye(x.shape[1], device=x.device))
 
+# %% ../nbs/00c_priors.ipynb #36dcfad8
+LARGEST_CODE = 1e6  # codes of a KL to N(0, I) are near 1; squares of much larger ones have no digits left in float32
+
+
+def _usable(codes: torch.Tensor, dim: int, least: int) -> torch.Tensor:
+    "The codes (N, dim) without gradients, N at least `least`; else a `HybridVAEError`."
+    if codes.ndim != 2 or codes.shape[1] != dim:
+        raise HybridVAEError(f"codes of shape {tuple(codes.shape)} do not fit {dim} dimensions: give (N, {dim}).")
+    if len(codes) < least:
+        raise HybridVAEError(f"{len(codes):,} codes are too few: give at least {least}.")
+    if not torch.isfinite(codes).all() or codes.abs().max() > LARGEST_CODE:
+        raise HybridVAEError(f"the codes hold numbers that are not finite, or beyond ±{LARGEST_CODE:g}: look at the "
+                             "encoder that made them.")
+    return codes.detach().float()
+
 # %% ../nbs/00c_priors.ipynb #2a03773d
 def fit_mixture(
     codes: torch.Tensor,  # (N, D), drawn from q(z|x) of training images
@@ -430,21 +445,6 @@ class FlowPrior(FlowMap, Prior):
         "n latent codes (n, D), on the generator's device."
         u = randn((n, self.dim), generator)
         return self.from_noise(u.to(next(self.parameters()).device)).to(u.device)
-
-# %% ../nbs/00c_priors.ipynb #36dcfad8
-LARGEST_CODE = 1e6  # codes of a KL to N(0, I) are near 1; squares of much larger ones have no digits left in float32
-
-
-def _usable(codes: torch.Tensor, dim: int, least: int) -> torch.Tensor:
-    "The codes (N, dim) without gradients, N at least `least`; else a `HybridVAEError`."
-    if codes.ndim != 2 or codes.shape[1] != dim:
-        raise HybridVAEError(f"codes of shape {tuple(codes.shape)} do not fit {dim} dimensions: give (N, {dim}).")
-    if len(codes) < least:
-        raise HybridVAEError(f"{len(codes):,} codes are too few: give at least {least}.")
-    if not torch.isfinite(codes).all() or codes.abs().max() > LARGEST_CODE:
-        raise HybridVAEError(f"the codes hold numbers that are not finite, or beyond ±{LARGEST_CODE:g}: look at the "
-                             "encoder that made them.")
-    return codes.detach().float()
 
 # %% ../nbs/00c_priors.ipynb #8b6071af
 def prior_measures(prior: Prior, codes: torch.Tensor, n: int = 500) -> Iterator[tuple[str, str, torch.Tensor]]:
