@@ -449,6 +449,25 @@ FAULTS = [
     Fault("halves of a byte swapped", "core.py", "packed[name] = levels[:, ::2] + 16 * levels[:, 1::2]",
           "packed[name] = 16 * levels[:, ::2] + levels[:, 1::2]",
           "test_core.py::test_int4_stores_two_weights_a_byte_with_a_scale_for_each_group"),
+    # what a user may do by mistake
+    Fault("a folder that two processes have at once", "core.py", "        lock.acquire()\n", "",
+          "test_core.py::test_a_folder_in_use_is_refused_until_its_process_ends_however_it_ends"),
+    Fault("sizes of a config that are not looked at", "core.py", "elif key in SIZES and value is not None and not (",
+          "elif False and not (",
+          "test_core.py::test_a_config_edited_by_hand_gets_one_sentence"),
+    Fault("numbers that are not finite go through", "cli.py",
+          "isinstance(value, float) and not math.isfinite(value)", "False",
+          "test_cli.py::test_numbers_that_cannot_be_are_refused_before_any_work"),
+    Fault("a class score of few images", "metrics.py", "return min(SCORE_PARTS, n // SCORE_PART)",
+          "return min(SCORE_PARTS, max(1, n // SCORE_PART))",
+          "test_metrics.py::test_a_class_score_belongs_to_its_parts_and_few_images_have_none"),
+    Fault("codes of any size are fitted", "priors.py",
+          "not torch.isfinite(codes).all() or codes.abs().max() > LARGEST_CODE", "not torch.isfinite(codes).all()",
+          "test_priors.py::test_codes_that_cannot_be_fitted_get_one_sentence_for_every_prior"),
+    Fault("a code that says nothing is passed over", "generators.py", "if said < LEAST_INFORMATION:", "if False:",
+          "test_cli.py::test_a_code_that_says_nothing_is_named_where_it_is_trained_given_and_followed"),
+    Fault("a refiner that ignores x̂ is passed over", "generators.py", "if effect < LEAST_EFFECT:", "if False:",
+          "test_cli.py::test_a_refiner_that_ignores_what_it_is_given_is_named"),
 ]
 
 

@@ -272,9 +272,13 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_under_way_and_the_run_goes_on_
 
 def test_a_second_signal_stops_at_once(tmp_path):
     "As somebody expects who presses Ctrl-C again."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     twice = before_each_loss(small_vae(), lambda step: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
-    with pytest.raises(KeyboardInterrupt):
-        quietly(twice, tmp_path, settings())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            quietly(twice, tmp_path, settings())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not latest_checkpoint(tmp_path)
 
 
