@@ -948,12 +948,14 @@ def main():
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an encoding without x̂, or a file name that is no text
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # what is ignored stays so: a shell's background command does not hear Ctrl-C
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in heard}
     try:
         app()
     except _Stopped as stopped:
-        print(f"hybridvae: stopped by {stopped.signal.name}: nothing is left half-written, and the same command goes "
-              "on from what is done.", file=sys.stderr)
+        print(f"hybridvae: stopped by {stopped.signal.name}: nothing is left half-written, so run the same command "
+              "again.", file=sys.stderr)
         sys.exit(128 + stopped.signal)
     except Exception as error:
         message = _sentence(error)

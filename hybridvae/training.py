@@ -545,7 +545,8 @@ def _signals_kept(loop: _Loop):
     """
     came: list[int] = []
     alone = loop.accelerator.num_processes == 1 and threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if alone else ()
+    heard = (number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN)
+    numbers = tuple(heard) if alone else ()  # what is ignored stays so
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
 
     def restore():

@@ -1,4 +1,5 @@
 """The command line: what each command writes, with tiny models, and one sentence for every mistake."""
+import contextlib
 import copy
 import dataclasses
 import json
@@ -963,14 +964,33 @@ def test_a_refiner_that_ignores_what_it_is_given_is_named(weights, tmp_path):
 def test_a_signal_ends_a_command_with_one_sentence_and_nothing_half_written(weights, tmp_path, capsys, monkeypatch,
                                                                              number):
     monkeypatch.setattr(DDPM, "sample", lambda self, n, **options: signal.raise_signal(number))
-    before = signal.getsignal(number)
     monkeypatch.setattr("sys.argv", words_of(("hybridvae sample --cpu --weights", weights["ddpm"], "--out",
                                               tmp_path / "x.png")))
-    with pytest.raises(SystemExit) as stop:
-        main()
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     said = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 128 + number and said.startswith(f"hybridvae: stopped by {number.name}: nothing is left")
-    assert files_below(tmp_path) == [] and signal.getsignal(number) == before
+    assert files_below(tmp_path) == []
+
+
+def test_a_command_does_not_hear_a_signal_that_is_ignored(weights, tmp_path, monkeypatch):
+    drawn = DDPM.sample
+    monkeypatch.setattr(DDPM, "sample", lambda self, n, **options: (signal.raise_signal(signal.SIGINT),
+                                                                    drawn(self, n, **options))[1])
+    monkeypatch.setattr("sys.argv", words_of(("hybridvae sample --cpu --n 1 --steps 1 --weights", weights["ddpm"],
+                                              "--out", tmp_path / "x.png")))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with contextlib.suppress(SystemExit):  # typer ends so
+            main()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN and (tmp_path / "x.png").exists()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_campaign_for_a_gpu_does_not_start_without_one(capsys, monkeypatch):

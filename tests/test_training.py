@@ -282,6 +282,17 @@ def test_a_second_signal_stops_at_once(tmp_path):
     assert not latest_checkpoint(tmp_path)
 
 
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    "A command that a shell runs in the background goes on where somebody presses Ctrl-C."
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result = quietly(before_each_loss(small_vae(), lambda step: signal.raise_signal(signal.SIGINT)), tmp_path,
+                         settings(steps=4))
+        assert result.finished and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on_as_if_alone(tmp_path):
     first = as_a_process("hold", tmp_path / "two", background=True)
     try:
