@@ -269,7 +269,7 @@ def draw_scenes(
     axis = (np.arange(image_size) + 0.5) / image_size - 0.5
     right, down = axis[None, None, :] - f["x"], axis[None, :, None] - f["y"]
 
-    def turned(by):
+    def turned(by: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         c, s = np.cos(2 * np.pi * by), np.sin(2 * np.pi * by)
         return c * right + s * down, c * down - s * right
 
@@ -279,7 +279,8 @@ def draw_scenes(
     disc = _cover(np.hypot(right - 0.3 * np.cos(place), down - 0.3 * np.sin(place)) - 0.17, image_size)
     image += disc * (f["behind"] < 0.25)[..., None] * (_hsv(f["behind_hue"], 0.75, 0.75) - image)
     period = (0.1 + 0.1 * f["hue"] + 0.0625 * f["period"])  # 3.2 to 7.6 of 32 pixels
-    marks = _marks(f["shape"], *(u / period for u in turned(f["direction"])), f["grain"])
+    u, v = turned(f["direction"])
+    marks = _marks(f["shape"], u / period, v / period, f["grain"])
     dark = 1 - texture * f["amplitude"] * (1 + marks) / 2
     colour = _hsv(f["hue"], 0.9 - 0.45 * f["difficulty"], 0.95) * dark[..., None]
     outline = _signed_distance(f["shape"], *turned(f["rotation"]), f["size"] * (1 - 0.3 * f["difficulty"]))

@@ -222,15 +222,16 @@ HYBRID_EVALUATIONS = (MAIN | USUAL, MAIN, *(e | USUAL for e in CURVE), MAIN | FE
 _PAIR = {"vae": {"part": "vae"}, "unet": {"part": "unet"}, "diffusion": {"part": "diffusion"},
          "form": 1, "z_guidance": False}
 _MEASURED = Row("", features="features", batch="batch", n_study="n_study")
-_DRAWN, _BOUND = SHAPES | SCENES, PHOTOGRAPHS | SCENES
+_KNOWN, _BOUND = SHAPES | SCENES, PHOTOGRAPHS | SCENES
 _LINEAR = {"schedule": "linear", "prediction": "eps", "weighting": "simple"}
 _OTHERS = {"shapes": 1, "scenes": 1, "celeba256": 1}  # the curves of CIFAR-10 and CelebA-64 are those of form1-z
 
 DIFFUSEVAE: tuple[Row, ...] = (
-    Row("features", on={"shapes": 1, "scenes": 1, "cifar10": 2, "celeba64": 2, "celeba256": 1}, model={"part": "features"},
-        train={"part": "train_features"}, n_study="n", batch="batch"),
-    Row("vae", on=ALL | SCENES, model={"part": "vae", "model": "VAE"}, train={"part": "train_vae"}, evaluate=VAE_EVALUATIONS,
-        studies={"path_length": EVERY, "readout": _DRAWN, "likelihood": _BOUND}, half=PHOTOGRAPHS, shared=_MEASURED),
+    Row("features", on={"shapes": 1, "scenes": 1, "cifar10": 2, "celeba64": 2, "celeba256": 1},
+        model={"part": "features"}, train={"part": "train_features"}, n_study="n", batch="batch"),
+    Row("vae", on=ALL | SCENES, model={"part": "vae", "model": "VAE"}, train={"part": "train_vae"},
+        evaluate=VAE_EVALUATIONS, studies={"path_length": EVERY, "readout": _KNOWN, "likelihood": _BOUND},
+        half=PHOTOGRAPHS, shared=_MEASURED),
     Row("diffusevae-form1-z", "diffusevae-form1", on=ALL | SCENES_THREE, model={"z_guidance": True}, curve=FIRST,
         ancestral={"cifar10": 1, "celeba64": 1}),
     Row("ddpm", on=ALL | SCENES, model={"model": "DDPM", "unet": {"part": "unet"}, "diffusion": {"part": "diffusion"}},
@@ -289,7 +290,7 @@ TRIALS: tuple[Row, ...] = (
 _GO_ON: dict = {"part": "train", "times_kimg": 0.4, "times_lr": 0.25}
 _JOINT_EVALUATIONS = (MAIN | USUAL, MAIN, MAIN | EX_PDE,
                       *(MAIN | FEW | EX_PDE | {"steps": k, "only": "curve"} for k in (3, 5, 10, 20)))
-_CODE_STUDIES = {"path_length": THREE | SCENES, "condition_agreement": _DRAWN, "readout": _DRAWN}
+_CODE_STUDIES = {"path_length": THREE | SCENES, "condition_agreement": _KNOWN, "readout": _KNOWN}
 _ON_SHAPES = Row("", on=ONCE | SCENES_ONE, studies={}, curve={})  # one seed, nothing beside the two main evaluations
 
 
@@ -309,7 +310,8 @@ def _fixed(value: float) -> dict:
 JOINT: tuple[Row, ...] = (
     Row("joint", on={}, model={"model": "JointDiffuseVAE", **_PAIR}, train=_GO_ON, needs=_both("diffusevae-form1"),
         evaluate=_JOINT_EVALUATIONS, curve=THREE | SCENES_ONE, studies=_CODE_STUDIES, shared=_MEASURED),
-    Row("joint-frozen-time", "joint", on=SHAPES | SCENES_THREE, model={"model": "DiffuseVAE"}, train=_GO_ON | {"times_kimg": 0.6}),
+    Row("joint-frozen-time", "joint", on=SHAPES | SCENES_THREE, model={"model": "DiffuseVAE"},
+        train=_GO_ON | {"times_kimg": 0.6}),
     Row("joint-b8-vae", on=THREE, model={"part": "vae", "model": "VAE", "beta": _weight(8.0)}, train=_GO_ON,
         needs={"encoder": "vae", "decoder": "vae"}, shared=_MEASURED),
     Row("joint-b8-two-stage", "joint", on=THREE, model={"model": "DiffuseVAE", "vae": {"beta": _weight(8.0)}},
@@ -319,7 +321,7 @@ JOINT: tuple[Row, ...] = (
 )
 
 # %% ../nbs/80_experiments.ipynb #0b01e0d2
-_SWEEP = Row("", on=ONE | SCENES_ONE, studies={name: _DRAWN for name in _CODE_STUDIES}, curve=ONCE | SCENES_ONE)
+_SWEEP = Row("", on=ONE | SCENES_ONE, studies={name: _KNOWN for name in _CODE_STUDIES}, curve=ONCE | SCENES_ONE)
 _SLOWLY: dict = {"name": "annealed", "value": _weight(10.0), "kimg": 8.0}  # over the first half of the training
 
 JOINT += (
@@ -369,10 +371,11 @@ _COARSE_STUDIES = {"truncation": SHAPES, "uncertainty": FIRST, "priors": ONCE, "
 _VARIANT = Row("", on=ONCE, studies={}, evaluate=(_SHORT, _SHORT | STRATEGIES["adaptive strength"]))
 
 ADAPTIVE: tuple[Row, ...] = (
-    Row("flow-vae", on=THREE | SCENES_THREE, model={"part": "vae", "model": "VAE", "prior": _FLOW}, train={"part": "train_vae"},
-        evaluate=(ONE_SHOT,), steps_study=10, shared=_MEASURED),
-    Row("flow-form1", on=THREE | SCENES_THREE, model={"model": "DiffuseVAE", **_PAIR, "vae": {"part": "vae", "prior": _FLOW}},
-        train={"part": "train"}, needs={"vae": "flow-vae"}, evaluate=(MAIN,), steps_study=10, shared=_MEASURED),
+    Row("flow-vae", on=THREE | SCENES_THREE, model={"part": "vae", "model": "VAE", "prior": _FLOW},
+        train={"part": "train_vae"}, evaluate=(ONE_SHOT,), steps_study=10, shared=_MEASURED),
+    Row("flow-form1", on=THREE | SCENES_THREE,
+        model={"model": "DiffuseVAE", **_PAIR, "vae": {"part": "vae", "prior": _FLOW}}, train={"part": "train"},
+        needs={"vae": "flow-vae"}, evaluate=(MAIN,), steps_study=10, shared=_MEASURED),
     Row("adaptive-normal", on=THREE | SCENES, model={"model": "AdaptiveDiffuseVAE", **_PAIR}, train=_ADAPT,
         needs=_both("diffusevae-form1"), evaluate=ADAPTIVE_EVALUATIONS, steps_study=10,
         studies=_COARSE_STUDIES | {"noise": FIRST, "likelihood": _BOUND}, shared=_MEASURED),
@@ -380,8 +383,8 @@ ADAPTIVE: tuple[Row, ...] = (
         evaluate=_COMPARED, studies=_COARSE_STUDIES),
     Row("adaptive-control", "adaptive-normal", on=ONE | SCENES_THREE, model={"model": "DiffuseVAE"}, studies={},
         evaluate=tuple(e | USUAL for e in _FEW_STEPS)),
-    Row("adaptive-no-level", "adaptive-normal", on=SHAPES | SCENES_THREE, model={"level_input": False}, studies={"noise": FIRST},
-        evaluate=(MAIN, *_FOUR)),
+    Row("adaptive-no-level", "adaptive-normal", on=SHAPES | SCENES_THREE, model={"level_input": False},
+        studies={"noise": FIRST}, evaluate=(MAIN, *_FOUR)),
     Row("adaptive-film", "adaptive-normal", shared=_VARIANT, model={"film": True}),
     Row("adaptive-realnvp", "adaptive-normal", shared=_VARIANT, model={"flow": {"kind": "realnvp"}}),
     Row("adaptive-glow", "adaptive-normal", shared=_VARIANT, model={"flow": {"kind": "glow"}}),
