@@ -273,19 +273,20 @@ def draw_scenes(
         c, s = np.cos(2 * np.pi * by), np.sin(2 * np.pi * by)
         return c * right + s * down, c * down - s * right
 
-    grain = (0.06 + 0.34 * f["difficulty"]) * _grain(factors[:, 7].astype(np.float64), image_size)
-    image = _hsv(f["ground"], 0.4, 0.5) * np.clip(1 + texture * grain, 0.1, 1.9)[..., None]
+    image = _hsv(f["ground"], 0.45, 0.6)
     place = 2 * np.pi * f["behind_place"]
     disc = _cover(np.hypot(right - 0.3 * np.cos(place), down - 0.3 * np.sin(place)) - 0.17, image_size)
-    image += disc * (f["behind"] < 0.25)[..., None] * (_hsv(f["behind_hue"], 0.75, 0.75) - image)
-    period = (0.1 + 0.1 * f["hue"] + 0.0625 * f["period"])  # 3.2 to 7.6 of 32 pixels
+    image = image + disc * (f["behind"] < 0.25)[..., None] * (_hsv(f["behind_hue"], 0.75, 0.8) - image)
+    period = 0.1 + 0.1 * f["hue"] + 0.0625 * f["period"]  # 3.2 to 7.6 of 32 pixels
     u, v = turned(f["direction"])
     marks = _marks(f["shape"], u / period, v / period, f["grain"])
     dark = 1 - texture * f["amplitude"] * (1 + marks) / 2
-    colour = _hsv(f["hue"], 0.9 - 0.45 * f["difficulty"], 0.95) * dark[..., None]
+    colour = _hsv(f["hue"], 0.9, 0.95) * dark[..., None]
     outline = _signed_distance(f["shape"], *turned(f["rotation"]), f["size"] * (1 - 0.3 * f["difficulty"]))
     image += _cover(outline, image_size) * (colour - image)
-    return np.round(255 * image).astype(np.uint8)
+    grain = texture * (0.02 + 0.11 * f["difficulty"]) * _grain(factors[:, 7].astype(np.float64), image_size)
+    image = 0.5 + (1 - 0.6 * f["difficulty"][..., None]) * (image - 0.5) + grain[..., None]
+    return np.round(255 * image.clip(0, 1)).astype(np.uint8)
 
 # %% ../nbs/00b_data.ipynb #7b9596fd
 def load_scenes(split: str, image_size: int = 32) -> ImageData:

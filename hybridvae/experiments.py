@@ -57,7 +57,7 @@ PRESETS: dict[str, dict] = {
     },
     "scenes": {
         "features": {"model": "FeatureNetwork", "name": "scenes", "classes": 3, "factors": 15},
-        "vae": {"image_size": 32, "z_dim": 12, "width": 24, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.17},
+        "vae": {"image_size": 32, "z_dim": 12, "width": 24, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.18},
         "unet": {"image_size": 32, "width": 32, "multipliers": [1, 2, 2], "attention": [4], "patch": 2},
         "diffusion": _X0,
         "train_features": {"kimg": 300, "batch_size": 64, "lr": 2e-3},
@@ -149,7 +149,7 @@ _CODES: dict[str, dict] = {
         "mlp": {"width": 128, "blocks": 3}, "places_longer": 2.25, "mlp_longer": 10,  # as much time as the DDPM, about
     },
     "scenes": {
-        "places": _PLACES | {"width": 24, "sigma": 0.17, "beta": 0.865},  # the KL acts as in Shapes
+        "places": _PLACES | {"width": 24, "sigma": 0.18, "beta": 0.77},  # the KL acts as in Shapes
         "denoiser": {"width": 32, "multipliers": [1, 2], "attention": [8]},
         "mlp": {"width": 128, "blocks": 3}, "mlp_longer": 4,
     },
