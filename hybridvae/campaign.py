@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -125,26 +125,25 @@ def _due(entry: Entry, runs: Path, only: str | None) -> bool:
     return lacking and only != ("train" if trained else "measure")
 
 
+def _name(entry: Entry) -> str:
+    return f"{entry.dataset} {entry.experiment} seed {entry.seed}"
+
+
 def _failure(entry: Entry, runs: Path, error: Exception) -> str:
     "The sentence on an entry that failed."
     doing = "measured" if (entry.folder(runs) / "trained.json").exists() else "trained"
     reason = error if isinstance(error, HybridVAEError) else f"{error!r}."
-    return f"{entry.dataset} {entry.experiment} seed {entry.seed}, while it was {doing}: {reason}"
+    return f"{_name(entry)}, while it was {doing}: {reason}"
 
 # %% ../nbs/90_campaign.ipynb #bc26c0e3
-@dataclasses.dataclass
 class _Campaign:
     "One process's part in a campaign."
 
-    runs: Path
-    clock: Clock
-    cpu: bool
-    progress: bool
-    only: str | None
-    entries: list[Entry]  # where dependencies are found
-    done: list[dict] = dataclasses.field(default_factory=list)  # records
-    failed: list[str] = dataclasses.field(default_factory=list)  # sentences
-    told: set = dataclasses.field(default_factory=set)  # entries that were said to be in use
+    def __init__(self, run: Callable[[Entry], dict | None], runs: Path, clock: Clock, only: str | None):
+        self.run, self.runs, self.clock, self.only = run, runs, clock, only
+        self.done: list[dict] = []  # records
+        self.failed: list[str] = []  # sentences
+        self.told: set[Entry] = set()  # entries that were said to be in use
 
     def once(self, entries: list[Entry]) -> list[Entry]:
         "Run what is due and free; return what other processes have in hand."
@@ -153,28 +152,24 @@ class _Campaign:
             if self.clock.left() == 0:
                 break
             try:
-                record = run_entry(entry, self.entries, self.runs, self.clock.left(), self.cpu, self.progress,
-                                   self.only == "train")
-            except InUse as error:  # another campaign makes it, or what it depends on
+                record = self.run(entry)
+            except InUse as error:  # by another process, or what it depends on
                 busy.append(entry)
-                self.tell(entry, error)
+                if entry not in self.told:
+                    print(f"waiting: {_name(entry)}, since {error}", flush=True)
+                self.told.add(entry)
             except Exception as error:  # whatever it is, such as too little memory: the others go on
                 self.failed.append(_failure(entry, self.runs, error))
                 trace = "" if isinstance(error, HybridVAEError) else "\n" + traceback.format_exc()
                 print(self.failed[-1] + trace, flush=True)
             else:
-                if record is None and (self.only != "train" or self.clock.left() == 0):
-                    return []  # stopped by the limit
                 if record is not None:
                     self.done.append(record)
-                    print(f"recorded: {entry.dataset} {entry.experiment} seed {entry.seed}", flush=True)
+                    print(f"recorded: {_name(entry)}", flush=True)
+                elif self.only != "train" or self.clock.left() == 0:
+                    return []  # stopped by the limit
         return busy
 
-    def tell(self, entry: Entry, error: InUse) -> None:
-        "Say once that an entry waits."
-        if entry not in self.told:
-            self.told.add(entry)
-            print(f"waiting: {entry.dataset} {entry.experiment} seed {entry.seed}, since {error}", flush=True)
 
 # %% ../nbs/90_campaign.ipynb #5e0ca902
 WAIT = 5.0  # seconds between looks at what other processes have in hand
@@ -195,11 +190,13 @@ def run_campaign(
     first one's reason.
     """
     give_way()
-    campaign = _Campaign(Path(runs), Clock(minutes), cpu, progress, only, entries)
-    while entries and campaign.clock.left() != 0:
+    clock, everything = Clock(minutes), entries
+    run = lambda e: run_entry(e, everything, Path(runs), clock.left(), cpu, progress, only == "train")
+    campaign = _Campaign(run, Path(runs), clock, only)
+    while entries and clock.left() != 0:
         entries = campaign.once(entries)
         if entries:
-            time.sleep(min(WAIT, campaign.clock.left() or WAIT))
+            time.sleep(min(WAIT, 60 * (clock.left() or WAIT)))
     if campaign.failed:
         raise HybridVAEError(f"{len(campaign.failed)} of the campaign's entries failed, the first: "
                              f"{campaign.failed[0]}")

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .core import Draws, HybridVAEError, atomic_path, derive_seed, env_path, to_float
+from .core import Draws, HybridVAEError, atomic_path, derive_seed, env_path, reason, to_float
 
 # %% ../nbs/00b_data.ipynb #cell-006
 SHAPE_NAMES = ("square", "triangle", "cross")
@@ -156,7 +156,8 @@ class _Labelled:
             raise HybridVAEError(f"{self.name} has no {kind} {label!r}: choose from {', '.join(self.label_names)}.")
         number = self.label_names.index(label)
         if kind == "factor":
-            return _factor_is(self.labels[:, number], label, value)
+            ranges = FACTORS if len(self.label_names) == len(FACTORS) else SCENE_FACTORS
+            return _factor_is(self.labels[:, number], label, value, ranges)
         if value is not None:
             raise HybridVAEError(f"the {kind} {label!r} takes no value, but {value!r} was given: leave it out.")
         return self.labels == number if kind == "class" else self.labels[:, number] == 1
@@ -200,7 +201,7 @@ class ImageData(_Labelled, _Batched):
         return to_float(_as_tensor((self if n is None else self.first(n)).images))
 
 # %% ../nbs/00b_data.ipynb #79182e9f
-def _factor_is(column: np.ndarray, name: str, value) -> np.ndarray:
+def _factor_is(column: np.ndarray, name: str, value, ranges: dict[str, tuple]) -> np.ndarray:
     "Where a factor of drawn images is `value`: a shape's name or number, or in the range [low, high)."
     if name == "shape":
         number = SHAPE_NAMES.index(value) if isinstance(value, str) and value in SHAPE_NAMES else value
@@ -213,7 +214,7 @@ def _factor_is(column: np.ndarray, name: str, value) -> np.ndarray:
     except (TypeError, ValueError):
         low = high = 0.0
     if not low < high:
-        low, high = SCENE_FACTORS[name]
+        low, high = ranges[name]
         raise HybridVAEError(f"the factor {name!r} cannot be {value!r}: give a range (low, high) within "
                              f"{low} to {high}.")
     return (low <= column) & (column < high)
@@ -341,8 +342,8 @@ def read_array(
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise HybridVAEError(f"{path} is missing: {remedy}") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise HybridVAEError(f"{path} is not a whole .npy file ({error}): {remedy}") from error
+    except Exception as error:  # NumPy reads headers as Python: a damaged one has errors of tokenizer and parser
+        raise HybridVAEError(f"{path} is not a whole .npy file ({reason(error).rstrip('.')}): {remedy}") from error
     fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape))
     if not fits or array.dtype != dtype or array.size == 0:
         want = " x ".join("N" if s is None else str(s) for s in shape)
