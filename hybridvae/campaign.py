@@ -129,6 +129,12 @@ def _name(entry: Entry) -> str:
     return f"{entry.dataset} {entry.experiment} seed {entry.seed}"
 
 
+def _say(text: str) -> None:
+    "Print a line; of processes that share a run the first does."
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def _failure(entry: Entry, runs: Path, error: Exception) -> str:
     "The sentence on an entry that failed."
     doing = "measured" if (entry.folder(runs) / "trained.json").exists() else "trained"
@@ -156,16 +162,18 @@ class _Campaign:
             except InUse as error:  # by another process, or what it depends on
                 busy.append(entry)
                 if entry not in self.told:
-                    print(f"waiting: {_name(entry)}, since {error}", flush=True)
+                    _say(f"waiting: {_name(entry)}, since {error}")
                 self.told.add(entry)
-            except Exception as error:  # whatever it is, such as too little memory: the others go on
+            except Exception as error:  # whatever it is, such as too little memory: the other entries go on
+                if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the processes of one run would no longer be in step
+                    raise
                 self.failed.append(_failure(entry, self.runs, error))
                 trace = "" if isinstance(error, HybridVAEError) else "\n" + traceback.format_exc()
-                print(self.failed[-1] + trace, flush=True)
+                _say(self.failed[-1] + trace)
             else:
                 if record is not None:
                     self.done.append(record)
-                    print(f"recorded: {_name(entry)}", flush=True)
+                    _say(f"recorded: {_name(entry)}")
                 elif self.only != "train" or self.clock.left() == 0:
                     return []  # stopped by the limit
         return busy

@@ -17,6 +17,7 @@ __all__ = ['TEXTURE_LEVELS', 'LUMINANCE_CHROMA', 'ROUNDING', 'BOOTSTRAP_FEATURES
 import dataclasses
 import hashlib
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException
@@ -172,6 +173,13 @@ class ImageStatistics(_Statistics):
         for name, value in values.items():
             if value is not None:
                 self._parts[name].append(value.float().cpu())
+
+    def share(self, gather: Callable[[dict], list[dict]]) -> None:
+        "Hold what all processes have measured: the first batch of each, then the second of each, and so on."
+        parts = gather(self._parts)
+        for name in self._parts:
+            turns = itertools.zip_longest(*(part[name] for part in parts))
+            self._parts[name] = [batch for turn in turns for batch in turn if batch is not None]
 
 # %% ../nbs/00h_metrics.ipynb #f253e5c2
 def describe(
