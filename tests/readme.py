@@ -1,4 +1,6 @@
-"""README.md from nbs/index.ipynb: the same text, with links as seen from the top folder; and the picture in it."""
+"""README.md from nbs/index.ipynb: the same text, with links as seen from the top folder; and the pictures in it."""
+import base64
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +17,18 @@ def readme(index=ROOT / "nbs" / "index.ipynb"):
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def tour_pictures(tour=ROOT / "nbs" / "00_tour.ipynb"):
+    "The figures of the tour that the home page shows: path -> PNG, as the notebook stores them."
+    figures = {}
+    for cell in json.loads(tour.read_text())["cells"]:
+        for name in re.findall(r"^#\| label: fig-(\w+)$", "".join(cell["source"]), flags=re.M):
+            [png] = [out["data"]["image/png"] for out in cell["outputs"] if "image/png" in out.get("data", {})]
+            figures[tour.parent / f"tour-{name}.png"] = base64.b64decode(png)
+    return figures
+
+
 if __name__ == "__main__":
+    for path, png in tour_pictures().items():
+        path.write_bytes(png)
     PICTURE.write_text(svg(import_graph()), encoding="utf-8")
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")

@@ -22,9 +22,33 @@ from test_site import cells, code, default_exp, directives, exported, only_impor
 matplotlib.use("Agg")
 NBS = Path(__file__).parents[1] / "nbs"
 
+COUPLING = """def my_coupling(z, scale_and_shift):
+    z_a, z_b = z.chunk(2, dim=1)
+    s, t = scale_and_shift(z_a)
+    return torch.cat([z_a, z_b * s.exp() + t], dim=1), {}
+"""
+INVERSE = """def my_inverse(u, scale_and_shift):
+    u_a, u_b = u.chunk(2, dim=1)
+    s, t = scale_and_shift(u_a)
+    return torch.cat([u_a, {}], dim=1)
+"""
+
 # (notebook, number of the exercise) -> answers that a reader may give, each of which the check must refuse
 WRONG = {
     ("00a_core", 1): ["colliding_pairs = lambda: ((0, 1), (0, 1))", "colliding_pairs = lambda: ((0, 1), (1, 1))"],
+    ("00c_priors", 1): ["length = 8", "length = 0", "length = 4"],
+    ("00c_priors", 2): [
+        COUPLING.format("s.exp().sum(dim=1)") + INVERSE.format("(u_b - t) * (-s).exp()"),
+        COUPLING.format("s.sum()") + INVERSE.format("(u_b - t) * (-s).exp()"),
+        COUPLING.format("s.sum(dim=1)") + INVERSE.format("u_b * (-s).exp() - t"),
+        "my_coupling, my_inverse = lambda z, f: (z, z.new_zeros(len(z))), lambda u, f: u"],
+    ("00c_priors", 3): ["my_prior = lambda codes: StandardNormal(2)", "my_prior = lambda codes: fit_mixture(codes, 2)"],
+    ("00d_vae", 1): ["collapsed = images.median(dim=0).values", "collapsed = images[0]", "collapsed = 0 * images[0]"],
+    ("00d_vae", 2): [
+        "tighter_bound = lambda q, z: (Normal(z, s).log_prob(x) + prior.log_prob(z) - q.log_prob(z)).mean()",
+        "tighter_bound = lambda q, z: (Normal(z, s).log_prob(x) + prior.log_prob(z) - q.log_prob(z)).logsumexp(0)",
+        "tighter_bound = lambda q, z: Normal(z, s).log_prob(x).logsumexp(0) - math.log(len(z))"],
+    ("00d_vae", 3): ["train_vae = lambda beta: VAE(**PRESETS['shapes']['vae'], beta=beta).eval()"],
     ("00e_diffusion", 1): ["prediction = 1", "prediction = -1"],
     ("00e_diffusion", 2): [
         "mean_in_x = lambda x_t, x0, x_hat, t: diffusion.posterior(x0, x_t, t)[0]",
@@ -121,12 +145,12 @@ def faults(item, there, wrong):
     found = [] if re.match(refused, stub) else [f"the stub gets {stub!r}"]
     found += [] if solution == f"Exercise {item.number}: passed.\n" else [f"the solution gets {solution!r}"]
     found += [] if wrong else ["no wrong answer is listed"]
-    verdicts = [(answer, verdict(item, answer, there)) for answer in wrong]
+    verdicts = [(answer, verdict(item, f"{item.stub}\n{answer}", there)) for answer in wrong]
     return found + [f"{answer!r} gets {text!r}" for answer, text in verdicts if not re.match(refused, text)]
 
 
 LESSONS = sorted({notebook for notebook, _ in WRONG})
-LATER = {"00b_data", "00c_priors", "00d_vae", "00f_unet", "00g_training", "00h_features", "00h_metrics",
+LATER = {"00b_data", "00f_unet", "00g_training", "00h_features", "00h_metrics",
          "00h_profiling", "00i_entries", "01_diffusevae", "02_joint_training", "03_adaptive_conditioning",
          "04_latent_diffusion", "05a_quantization", "05b_distillation", "05c_pca_guidance", "06_evaluation",
          "89_bench", "90_campaign", "91_cli"}  # their checks are bare asserts

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from layers import PICTURE, direct, floors, import_graph, svg
-from readme import readme
+from readme import readme, tour_pictures
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
@@ -255,6 +255,13 @@ def test_floors_and_direct_imports_of_a_small_package(tmp_path):
 
 def test_readme_is_current():
     assert (ROOT / "README.md").read_text() == readme(), "README.md is not what nbs/index.ipynb says: run make readme"
+
+
+def test_pictures_of_the_tour_on_the_home_page_are_current():
+    figures = tour_pictures()
+    assert {path.name for path in figures} == {"tour-samples.png", "tour-film.png"}
+    old = [path.name for path, png in figures.items() if path.read_bytes() != png]
+    assert not old, f"{', '.join(old)}: not what 00_tour.ipynb stores: run make readme"
 
 
 def test_readme_links():
