@@ -14,8 +14,8 @@ __all__ = ['LARGEST', 'app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName',
            'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly',
            'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedWeights', 'TimedOn', 'TimedOnly',
            'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES',
-           'data', 'run', 'train', 'distill', 'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate',
-           'campaign', 'bench', 'report', 'main']
+           'Pdf', 'data', 'run', 'train', 'distill', 'sample', 'reconstruct', 'interpolate', 'export', 'quantize',
+           'evaluate', 'campaign', 'bench', 'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
@@ -893,16 +893,20 @@ def _draw_memory(calls: dict[str, dict], dataset: str, target: Path) -> None:
         figure.savefig(path, dpi=120)
 
 # %% ../nbs/91_cli.ipynb #52b75228
-@app.command(epilog=_examples("report", "report --runs elsewhere --cpu"))
+Pdf = Annotated[bool, typer.Option("--pdf", help="print the page to PDF, too, with Chromium or Chrome")]
+
+
+@app.command(epilog=_examples("report", "report --runs elsewhere --cpu", "report --pdf"))
 def report(
     runs: Runs = Path("runs"),
+    pdf: Pdf = False,
     cpu: Cpu = False,
     precision: Precision = "auto",
     compile_: Compile = "auto",
 ):
-    "Run the baseline study on Shapes and write its report."
+    "Run the baseline study on Shapes, and write the report with it beside the records."
     from hybridvae.campaign import queue
-    from hybridvae.report import render_report, report_source, study_entries
+    from hybridvae.report import print_pdf, render_report, report_source, study_entries
     from hybridvae.records import recorded
     from hybridvae.runs import run_entry
     from hybridvae.selection import summary
@@ -916,7 +920,8 @@ def report(
         assert record is not None  # there is no limit of time
         print(summary(record, runs))
     print("Writing the report ...")
-    print(f"The report is in {render_report(runs)}")
+    page = render_report(runs)
+    print(f"The report is in {print_pdf(page) if pdf else page}")
 
 # %% ../nbs/91_cli.ipynb #51a5adf9
 class _Stopped(BaseException):

@@ -282,7 +282,7 @@ def compared(records: list[dict], dataset: str) -> dict[str, Finding]:
         gaps = {kind: _gap(*entries[:3], results, f"{c.key}, {kind}") for kind, entries in own.items()}
         seeds, n = min(g.seeds for g in gaps.values()), next(iter(own.values()))[3]
         over = "; intervals over images" if seeds < 3 and not all(math.isnan(g.low) for g in gaps.values()) else ""
-        sentence = f"{'; '.join(map(str, gaps.values()))}: {one} less {two}, n = {n:,}, {trained(seeds)}{over}"
+        sentence = f"{'; '.join(map(str, gaps.values()))}: “{one}” less “{two}”, n = {n:,}, {trained(seeds)}{over}"
         sentence += f"; {c.note}." if c.note else "."
         findings[c.key] = Finding(c.key, c.question, dataset, sentence, seeds, gaps)
     return findings
@@ -538,7 +538,7 @@ def findings_table(dataset: str) -> "pandas.DataFrame":
     return pd.DataFrame(rows, columns=["question", "found", "trainings"])
 
 # %% ../nbs/90e_findings.ipynb #f1d00024
-STANDARD = "not measured here: `hybridvae campaign --standard PATH`"
+STANDARD = "not measured here: hybridvae campaign --standard PATH"
 
 
 def _cell(records: list[dict], experiment: str, kind: str) -> str:
@@ -604,6 +604,7 @@ def show_pairs(dataset: str, columns: int = 8, rows: int = 1) -> "Figure | None"
     ax.set_yticks([size * (k + 0.5) for k in range(2 * rows)], ["VAE", "refined"] * rows, fontsize=11)
     ax.set_xticks([])
     ax.tick_params(length=0)
+    ax.grid(False)
     for side in ax.spines.values():
         side.set_visible(False)
     return figure

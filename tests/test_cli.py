@@ -637,7 +637,7 @@ def clone(tmp_path, monkeypatch):
         shutil.copy(here / "nbs" / name, there / "nbs")
     monkeypatch.setattr(report, "project_root", lambda: there)
     monkeypatch.setenv("PYTHONPATH", str(there))
-    monkeypatch.setenv("HYBRIDVAE_RUNS", "")  # restored afterwards: the command sets it
+    monkeypatch.setenv("HYBRIDVAE_RUNS", str(tmp_path))  # the report leaves it aside
 
 
 def test_report_over_a_fresh_study(tiny, clone, tmp_path):
@@ -645,11 +645,15 @@ def test_report_over_a_fresh_study(tiny, clone, tmp_path):
     html = (tmp_path / "report" / "report.html").read_text()
     assert said.strip().endswith("report.html")
     text = re.sub(r"<(script|style).*?</\1>|<[^>]+>|data:image[^\"]+", " ", html, flags=re.S)
-    assert html.count("data:image/png") >= 3 and "Figure 1" in text and "Kingma" in text
+    assert "Figure 1" in text and "Kingma" in text and "Table 1" in text
+    assert "<math" in html and "$" not in text and "<script" not in html  # formulas, and all else, without a network
+    assert not re.search(r"(src|href)=.https?:", html) and html.count('id="show-code"') == 1
     assert not re.search(r"@(fig|tbl|sec)-|\[@|\{#", text)  # every reference is resolved
     record = json.loads((tmp_path / "shapes" / "diffusevae-form1" / "seed0.json").read_text())
     values = record["evaluations"][0]["metrics"]
-    assert f"{values['FD (shapes)']['value']:,.2f}" in text  # the numbers are this study's
+    results, own = text.split("Your run beside the records")[-2:]
+    number = f"{values['FD (shapes)']['value']:,.2f}"
+    assert number in own and number not in results  # the numbers of this run stand in their own section
     assert "condition_agreement" in record and not {"prior_gap", "robustness", "path_length"} & set(record)
 
 
@@ -680,6 +684,38 @@ def test_the_bibliography_is_read_whole():
     found = read_bibliography(text)
     assert len(found) == len(re.findall(r"^@", text, flags=re.M))
     assert all({"author", "title", "year"} <= set(fields) for fields in found.values())
+
+
+def test_a_page_is_printed_by_a_browser_that_is_there(tmp_path, monkeypatch):
+    page, calls = tmp_path / "report.html", []
+    page.write_text("<p>here</p>")
+
+    def run(words, **options):
+        calls.append(words)
+        target = Path(next(w for w in words if w.startswith("--print-to-pdf=")).partition("=")[2])
+        target.write_bytes(b"%PDF")
+        return subprocess.CompletedProcess(words, 0)
+    monkeypatch.setattr(report.shutil, "which", lambda name: f"/bin/{name}" if name == "google-chrome" else None)
+    monkeypatch.setattr(report.subprocess, "run", run)
+    assert report.print_pdf(page).read_bytes() == b"%PDF" and calls[0][0] == "/bin/google-chrome"
+    assert calls[0][-1] == page.as_uri()
+    monkeypatch.setattr(report.shutil, "which", lambda name: None)
+    with pytest.raises(HybridVAEError, match="Chromium or Chrome"):
+        report.print_pdf(page)
+
+
+def test_sections_are_numbered_and_references_lead_to_their_place():
+    cells = [nbformat.v4.new_markdown_cell(text) for text in (
+        "# Title", "## A {#sec-a}\n\n### B {#sec-b}\n\nsee @sec-c and @sec-b", "### B2\n\n## C {#sec-c}\n\n### D")]
+    nb = resolve_references(nbformat.v4.new_notebook(cells=cells), {})
+    text = "\n".join(cell.source for cell in nb.cells)
+    assert re.findall(r"^##+ (.*)$", text, flags=re.M) == ["1 A", "1.1 B", "1.2 B2", "2 C", "2.1 D"]
+    assert "see [Section 2](#sec-c) and [Section 1.1](#sec-b)" in text and '<a id="sec-c"></a>' in text
+
+
+def test_formulas_become_mathml_and_code_stays():
+    text = report.with_mathml("a $x_t$ b `$HOME` and $$y \\tag{3}$$\n```\n$z$\n```")
+    assert text.count("<math") == 2 and "`$HOME`" in text and "$z$" in text and "(3)" in text and "tag" not in text
 
 
 def test_report_outside_a_clone(monkeypatch, tmp_path):
