@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -20,14 +21,14 @@ import numpy as np
 import pytest
 import torch
 import typer
-from conftest import disk_full, files_below, generator, randomised
+from conftest import disk_full, files_below, generator, inception_stand_in, randomised
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hybridvae import bench as benches
 from hybridvae import campaign as campaigns
-from hybridvae import cli, core, custom, data, experiments, generators, report, runs, selection
+from hybridvae import cli, core, custom, data, experiments, generators, metrics, report, runs, selection
 from hybridvae.cli import app, main
 from hybridvae.core import HybridVAEError, image_draws, load_model, save_model, to_uint8, weights_hash
 from hybridvae.diffusevae import DiffuseVAE
@@ -622,6 +623,51 @@ def test_bench_times_what_matches(shrunk, tmp_path, monkeypatch):
     assert {r["experiment"] for r in found["rows"]} == {"ddpm", "joint-none"}
     assert (found["batch"], found["rounds"]) == (2, 1)
     assert re.search(r"ddpm +sampler dpmpp, steps 3 +3 ", said) and "written to times-shapes.json" in said
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    "Random weights of Inception's layout that pass as the published ones; images and features are small."
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = inception_stand_in(tmp_path / metrics.INCEPTION_FILE)
+    both = metrics.InceptionNetwork.both
+    few = lambda self, images: (both(self, images)[0][:, :32], both(self, images)[1])  # 2,048 take a minute
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
+    monkeypatch.setattr(metrics.InceptionNetwork, "both", few)
+    monkeypatch.setattr(metrics.InceptionNetwork, "num_features", 32)
+    monkeypatch.setattr(metrics, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_fid_and_is_are_added_to_records_whose_weights_are_there(tiny, stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hybridvae.records.results_folder", lambda: tmp_path / "none")
+    experiments.PRESETS["shapes"]["n"] = 100  # the fewest of a score
+    words = "campaign --cpu --dataset shapes --experiment vae --runs", tmp_path / "runs"
+    command(*words)
+    path = tmp_path / "runs" / "shapes" / "vae" / "seed0.json"
+    before = json.loads(path.read_text())
+    said = command(*words, "--standard", stand_in)
+    assert "measured: shapes vae seed 0" in said and "added to 1 records" in said
+    after = json.loads(path.read_text())
+    main, old = after["evaluations"][0], before["evaluations"][0]
+    added = {name: main["metrics"].pop(name) for name in main["metrics"].keys() - old["metrics"].keys()}
+    assert main == old and after["evaluations"][1:] == before["evaluations"][1:]  # nothing else has changed
+    assert {"FID", "FID to held-out", "KID", "IS"} <= added.keys()
+    assert all(m["feature_network"] == "inception" and m["hash"] and m["drawn_again_on"] for m in added.values())
+    assert added["FID"]["reference"] == "training set, 200 images" and added["IS"]["n"] == main["n"] == 100
+    assert "added to 0 records" in command(*words, "--standard", stand_in)  # once is enough
+    assert not list(path.with_suffix("").glob("images-*"))
+    (path.with_suffix("") / "model.safetensors").rename(tmp_path / "elsewhere")
+    assert "no trained weights" in sentence(capsys, monkeypatch, *words, "--experiment ddpm --standard", stand_in)
+
+
+def test_only_the_published_weights_add_a_fid(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "INCEPTION_SHA256", "0")
+    words = "campaign --cpu --dataset shapes --runs", tmp_path, "--standard"
+    assert metrics.INCEPTION_FILE in sentence(capsys, monkeypatch, *words, stand_in)
+    assert "there is no file" in sentence(capsys, monkeypatch, *words, tmp_path / "none.pth")
+    assert "--list and --standard" in sentence(capsys, monkeypatch, *words, stand_in, "--list")
 
 
 # --- report ---------------------------------------------------------------------------------------------------------
