@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'SIZES', 'WAIT', 'TINY', 'STAND_INS', 'load_stages', 'family', 'queue', 'state', 'listing', 'give_way',
-           'run_campaign', 'tiny', 'shrink', 'stand_in_data', 'dry_run']
+           'run_campaign', 'add_standard', 'tiny', 'shrink', 'stand_in_data', 'dry_run']
 
 # %% ../nbs/90_campaign.ipynb #cell-002
 #| code-fold: true
@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import HybridVAEError, InUse
+from .core import HybridVAEError, InUse, default_device, write_record
 from .entries import Entry
 from .experiments import TABLES, entries_of
 from .records import outdated, record_roots, recorded
-from .runs import Clock, run_entry
+from .metrics import INCEPTION_FILE, load_inception
+from .runs import Clock, add_metrics, run_entry
 from .training import TrainConfig, latest_checkpoint
 
 # %% ../nbs/90_campaign.ipynb #cell-006
@@ -210,6 +211,45 @@ def run_campaign(
                              f"{campaign.failed[0]}")
     return campaign.done
 
+
+# %% ../nbs/90_campaign.ipynb #57d00004
+def _lacks_standard(record: dict | None) -> bool:
+    "Whether a record has a main evaluation with metrics, but no FID."
+    main = record["evaluations"][0] if record and record["evaluations"] else {"metrics": {}}
+    return bool(main["metrics"]) and "FID" not in main["metrics"]
+
+
+def add_standard(
+    entries: list[Entry],  # in their order
+    path: str | Path,  # the published Inception weights, as torch-fidelity keeps them
+    runs: str | Path = "runs",  # where trained weights are, and where the records go
+    minutes: float | None = None,  # stop, to be continued, after this long
+    cpu: bool = False,  # no GPU
+    progress: bool = True,  # show bars
+) -> list[dict]:
+    """Add FID, IS and KID to every record that lacks them and whose weights are in `runs`; return the new records.
+
+    Raises `HybridVAEError` for other weights than the published ones, or where no weights of a record are there.
+    """
+    network, clock, done = load_inception(path, default_device(cpu)), Clock(minutes), []
+    if network.name != "inception":
+        raise HybridVAEError(f"{path} does not hold the published Inception weights, and nothing else measures FID and "
+                             f"IS: fetch {INCEPTION_FILE}.")
+    found = [(e, recorded(e, *record_roots(), runs)) for e in entries
+             if e.evaluations and (e.folder(runs) / "model.safetensors").exists()]
+    if not found:
+        raise HybridVAEError(f"there are no trained weights of these experiments in {runs}: name their folder with "
+                             "--runs, or train them first (the same command without --standard).")
+    for entry, record in found:
+        if record is None or not _lacks_standard(record) or clock.left() == 0:
+            continue
+        longer = add_metrics(entry, record, network, runs, clock.left(), cpu, progress)
+        if longer is None:
+            break
+        write_record(runs, longer)
+        done.append(longer)
+        print(f"measured: {entry.dataset} {entry.experiment} seed {entry.seed}", flush=True)
+    return done
 
 # %% ../nbs/90_campaign.ipynb #cell-014
 TINY = {"width": 4, "kimg": 0.016, "batch_size": 8, "n": 6, "n_study": 6, "batch": 6, "steps": 3,

@@ -11,11 +11,11 @@ __all__ = ['LARGEST', 'app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName',
            'SAMPLE_EXAMPLES', 'Given', 'HeldOut', 'AtMost', 'RECONSTRUCT_EXAMPLES', 'Varied', 'Seeds', 'TwoImages',
            'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile', 'Calibration',
            'JsonFile', 'OnTrajectory', 'Compared', 'Drawn', 'Existing', 'Features', 'Inception', 'Measured',
-           'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly',
+           'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'Standard',
            'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedWeights', 'TimedOn', 'TimedOnly',
            'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES',
-           'data', 'run', 'train', 'distill', 'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate',
-           'campaign', 'bench', 'report', 'main']
+           'Pdf', 'data', 'run', 'train', 'distill', 'sample', 'reconstruct', 'interpolate', 'export', 'quantize',
+           'evaluate', 'campaign', 'bench', 'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
@@ -647,9 +647,12 @@ List = Annotated[bool, typer.Option("--list", help="only print what is recorded 
 TrainOnly = Annotated[bool, typer.Option("--train", help="train only; the same command without it measures")]
 MeasureOnly = Annotated[bool, typer.Option(
     "--measure", help="measure only what is trained; again where a metric was added since")]
+Standard = Annotated[Path | None, typer.Option(
+    help="only add FID, IS and KID, by Inception's weights file, to records whose weights are there")]
 CAMPAIGN_EXAMPLES = _examples(
     "campaign --list", "campaign --dataset cifar10 --minutes 55", "campaign --dry-run --dataset celeba64",
-    'campaign --dataset shapes --experiment "diffusevae-*" --cpu')
+    'campaign --dataset shapes --experiment "diffusevae-*" --cpu',
+    "campaign --standard weights-inception-2015-12-05-6726825d.pth --dataset cifar10")
 
 # %% ../nbs/91_cli.ipynb #a21afd2b
 @app.command(epilog=CAMPAIGN_EXAMPLES)
@@ -662,16 +665,18 @@ def campaign(
     list_: List = False,
     train: TrainOnly = False,
     measure: MeasureOnly = False,
+    standard: Standard = None,
     runs: Runs = Path("runs"),
     cpu: Cpu = False,
     precision: Precision = "auto",
     compile_: Compile = "auto",
 ):
     "Run all experiments that are not recorded yet."
-    from hybridvae.campaign import queue, run_campaign
+    from hybridvae.campaign import add_standard, queue, run_campaign
     from hybridvae.selection import count, with_dependencies
 
-    _one_mode({"--dry-run": dry_run, "--list": list_, "--train": train, "--measure": measure})
+    _one_mode({"--dry-run": dry_run, "--list": list_, "--train": train, "--measure": measure,
+               "--standard": standard is not None})
     if list_:
         _refuse(ctx, ("minutes",), "--list")
     entries = queue(*dataset or ())
@@ -680,6 +685,10 @@ def campaign(
         _print_listing(entries, runs)
     elif dry_run:
         _try_out(entries, minutes)
+    elif standard:
+        done = add_standard(entries, standard, runs, minutes, cpu)
+        print(f"FID, IS and KID were added to {len(done)} records in {runs}. Tables show them where HYBRIDVAE_RUNS "
+              "names that folder.")
     else:
         _check_device(entries, cpu)
         try:
@@ -894,16 +903,20 @@ def _draw_memory(calls: dict[str, dict], dataset: str, target: Path) -> None:
         figure.savefig(path, dpi=120)
 
 # %% ../nbs/91_cli.ipynb #52b75228
-@app.command(epilog=_examples("report", "report --runs elsewhere --cpu"))
+Pdf = Annotated[bool, typer.Option("--pdf", help="print the page to PDF, too, with Chromium or Chrome")]
+
+
+@app.command(epilog=_examples("report", "report --runs elsewhere --cpu", "report --pdf"))
 def report(
     runs: Runs = Path("runs"),
+    pdf: Pdf = False,
     cpu: Cpu = False,
     precision: Precision = "auto",
     compile_: Compile = "auto",
 ):
-    "Run the baseline study on Shapes and write its report."
+    "Run the baseline study on Shapes, and write the report with it beside the records."
     from hybridvae.campaign import queue
-    from hybridvae.report import render_report, report_source, study_entries
+    from hybridvae.report import print_pdf, render_report, report_source, study_entries
     from hybridvae.records import recorded
     from hybridvae.runs import run_entry
     from hybridvae.selection import summary
@@ -917,7 +930,8 @@ def report(
         assert record is not None  # there is no limit of time
         print(summary(record, runs))
     print("Writing the report ...")
-    print(f"The report is in {render_report(runs)}")
+    page = render_report(runs)
+    print(f"The report is in {print_pdf(page) if pdf else page}")
 
 # %% ../nbs/91_cli.ipynb #51a5adf9
 class _Stopped(BaseException):

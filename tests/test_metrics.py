@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import complains, generator, randomised
+from conftest import complains, inception_stand_in, generator, randomised
 from hybridvae.core import HybridVAEError, count_flops
 from hybridvae.data import SCENE_FACTORS, ImageData, draw_scenes, draw_shapes, factor_targets, load_data, shapes_factors
 from hybridvae.features import FeatureNetwork, gaussian_blur, load_features
@@ -828,20 +828,7 @@ def test_dropped_modes_cost_recall_coverage_class_score_and_diversity_but_not_pr
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     "Random weights in the layout of the published file."
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-
-    path = tmp_path_factory.mktemp("inception") / INCEPTION_FILE
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.manual_seed(0)
-    for p in network.parameters():
-        if p.dim() == 4:
-            torch.nn.init.kaiming_normal_(p)
-    network.fc.weight.data.mul_(100)  # so that classes differ
-    torch.save(network.state_dict(), path)
-    return path
+    return inception_stand_in(tmp_path_factory.mktemp("inception") / INCEPTION_FILE)
 
 
 def test_inception_measures_what_torch_fidelity_measures(weights, monkeypatch):
