@@ -687,8 +687,7 @@ def campaign(
         _try_out(entries, minutes)
     elif standard:
         done = add_standard(entries, standard, runs, minutes, cpu)
-        print(f"FID, IS and KID were added to {len(done)} records in {runs}. Tables show them where HYBRIDVAE_RUNS "
-              "names that folder.")
+        print(f"FID, IS and KID: {len(done)} records more in {runs}, which tables show if HYBRIDVAE_RUNS names it.")
     else:
         _check_device(entries, cpu)
         try:
