@@ -359,7 +359,11 @@ _QUARTER = (_SHORT | {"strength": [0.75, 0.75]},  # and a quarter by the others
 _FOUR = tuple(_SHORT | STRATEGIES[name] for name in ("full conditioning", "no conditioning", "adaptive strength",
                                                      "shuffled strength"))
 _FEW_STEPS = (MAIN, _SHORT, MAIN | {"steps": 3}, MAIN | {"steps": 5})
+# by the posterior variance and by the error that is predicted, each against its own shuffled control
+_BY_OTHERS = tuple(_SHORT | STRATEGIES[name] | {"uncertainty": uncertainty} for uncertainty in ("re-encode", "error")
+                   for name in ("adaptive strength", "shuffled strength"))
 ADAPTIVE_EVALUATIONS = (*(e | USUAL | {"only": "not shapes"} for e in (MAIN, *_FOUR, *_FEW_STEPS)),
+                        *(e | USUAL | {"only": "scenes"} for e in _BY_OTHERS),
                         *(e | {"only": "shapes"} for e in _COMPARED),
                         *(e | {"prior": "realnvp", "only": "shapes"} for e in _COMPARED),
                         *(e | {"only": "shapes, seed 0"} for e in _QUARTER))
@@ -373,6 +377,7 @@ _VARIANT = Row("", on=ONCE, studies={}, evaluate=(_SHORT, _SHORT | STRATEGIES["a
 ADAPTIVE: tuple[Row, ...] = (
     Row("flow-vae", on=THREE | SCENES_THREE, model={"part": "vae", "model": "VAE", "prior": _FLOW},
         train={"part": "train_vae"}, evaluate=(ONE_SHOT,), steps_study=10, shared=_MEASURED),
+    Row("vamp-vae", "flow-vae", on=SCENES_THREE, model={"prior": {"prior": "VampPrior", "components": 100}}),
     Row("flow-form1", on=THREE | SCENES_THREE,
         model={"model": "DiffuseVAE", **_PAIR, "vae": {"part": "vae", "prior": _FLOW}}, train={"part": "train"},
         needs={"vae": "flow-vae"}, evaluate=(MAIN,), steps_study=10, shared=_MEASURED),
@@ -592,7 +597,8 @@ def _evaluations(row: Row, name: str, seed: int) -> tuple[dict, ...]:
     preset = PRESETS[name]
     evaluations: list[dict] = []
     scopes = {None: {name: seed + 1}, "curve": row.curve or {}, "ancestral": row.ancestral or {},
-              "shapes": SHAPES, "shapes, seed 0": ONCE, "not shapes": PHOTOGRAPHS | SCENES}
+              "shapes": SHAPES, "shapes, seed 0": ONCE, "scenes": SCENES,
+              "not shapes": PHOTOGRAPHS | SCENES}
     for evaluation in row.evaluate or ():
         only = evaluation.get("only")
         options = {k: v for k, v in evaluation.items() if k != "only"} | {"n": _number(evaluation["n"], preset)}
