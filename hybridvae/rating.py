@@ -56,7 +56,7 @@ def _as_stored(images: torch.Tensor, suffix: str) -> torch.Tensor:
     Image.fromarray(image_grid(images, 10)).save(file, "JPEG" if suffix == ".jpg" else "PNG", quality=90)
     return cut_grid(file, size)[:len(images)]  # type: ignore[arg-type]
 
-
+# %% ../nbs/90f_rating.ipynb #0a7e0017
 def rating_sets(dataset: str, experiments: list[str] | None = None) -> dict[str, torch.Tensor]:
     """Uncurated images by model, uint8 (100, 3, H, W): of seed 0, from the grids beside the records; and real ones.
 
@@ -133,7 +133,7 @@ def _row(number: int, images: tuple[torch.Tensor, torch.Tensor], zoom: int) -> s
         for k, quality in enumerate(QUALITIES))
     return f"<fieldset><legend>Pair {number}</legend>{shown}<table>{asked}</table></fieldset>"
 
-
+# %% ../nbs/90f_rating.ipynb #0a7e0018
 def write_rating(sets: dict[str, torch.Tensor], folder: str | Path, n: int = 60, seed: int = 0) -> Path:
     """Write a self-contained page of n pairs, an empty table of choices, and the key; return the page.
 
