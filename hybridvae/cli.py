@@ -14,9 +14,9 @@ __all__ = ['LARGEST', 'app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName',
            'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'Standard',
            'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedWeights', 'TimedOn', 'TimedOnly',
            'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES',
-           'RatedOn', 'RatedOnly', 'Pairs', 'Rating', 'Table', 'Pdf', 'data', 'run', 'train', 'distill', 'sample',
-           'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate', 'campaign', 'bench', 'rate', 'report',
-           'main']
+           'RatedOn', 'RatedOnly', 'Pairs', 'Rating', 'Table', 'Faces', 'Pdf', 'data', 'run', 'train', 'distill',
+           'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate', 'campaign', 'bench', 'rate',
+           'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
@@ -916,6 +916,8 @@ Pairs = Annotated[int, typer.Option(min=1, help="pairs to show")]
 Rating = Annotated[Path, typer.Option(help="folder of the page, the key and the tables of choices")]
 Table = Annotated[bool, typer.Option("--table", help="only print what the tables in the folder say")]
 
+Faces = Annotated[bool, typer.Option("--faces", help="instead: in how many a detector finds a face (OpenCV)")]
+
 
 @app.command(epilog=_examples(
     'rate --dataset celeba64 --experiment vae-cpu --experiment "diffusevae-form1-z-cpu"', "rate --table"))
@@ -927,11 +929,17 @@ def rate(
     seed: FirstSeed = 0,
     out: Rating = Path("rating"),
     table: Table = False,
+    faces: Faces = False,
 ):
     "Show uncurated pictures without names, and count what raters choose."
-    from hybridvae.rating import rating_sets, rating_table, write_rating
+    from hybridvae.rating import rating_sets, rating_table, write_faces, write_rating
 
-    if table:
+    _one_mode({"--table": table, "--faces": faces})
+    if faces:
+        _refuse(ctx, ("n", "seed"), "--faces")
+        for name, row in write_faces(dataset, out, experiment).items():
+            print(f"{100 * row['share']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {row['n']}: {name}")
+    elif table:
         _refuse(ctx, ("dataset", "experiment", "n", "seed"), "--table")
         shares, raters = rating_table(out)
         print(shares.to_string())

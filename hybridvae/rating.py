@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REAL', 'QUALITIES', 'PAGE', 'cut_grid', 'rating_sets', 'draw_pairs', 'write_rating', 'read_choices', 'rating_table',
-           'faces_found', 'face_table']
+           'faces_found', 'face_table', 'write_faces']
 
 # %% ../nbs/90f_rating.ipynb #0a7e0003
 #| code-fold: true
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .core import HybridVAEError, atomic_path, write_json
+from .core import HybridVAEError, atomic_path, provenance, write_json
 from .data import load_data
 from .evaluation import label
 from .records import all_records, grid_of
@@ -241,4 +241,12 @@ def face_table(sets: dict[str, torch.Tensor]) -> dict[str, dict]:
         count, n = sum(faces_found(images)), len(images)
         low, high = proportion_confint(count, n, method="wilson")
         rows[name] = {"share": count / n, "low": float(low), "high": float(high), "n": n}
+    return rows
+
+
+def write_faces(dataset: str, folder: str | Path, experiments: list[str] | None = None) -> dict[str, dict]:
+    "Write `face_table` of the committed samples and real images as faces.json, with its provenance; return the rows."
+    rows = face_table(rating_sets(dataset, experiments))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / "faces.json", {"dataset": dataset, **provenance(), "rows": rows})
     return rows

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import complains
-from hybridvae import rating
+from hybridvae import findings, rating
 from hybridvae.core import save_grid
 from hybridvae.rating import (QUALITIES, REAL, cut_grid, draw_pairs, rating_sets, rating_table, read_choices,
                               write_rating)
@@ -111,3 +111,12 @@ def test_shares_of_faces_have_intervals(monkeypatch):
     monkeypatch.setattr(rating, "faces_found", lambda images: [True, False, True, True])
     row = rating.face_table({"VAE": a_set(1, 4)})["VAE"]
     assert row["share"] == 0.75 and row["low"] < 0.75 < row["high"] and row["n"] == 4
+
+
+def test_the_count_of_faces_is_a_record_that_findings_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(rating, "faces_found", lambda images: [True] * len(images))
+    rows = rating.write_faces("shapes", tmp_path / "shapes", ["vae"])
+    monkeypatch.setattr(findings, "results_folder", lambda: tmp_path)
+    said = findings.CLAIMS["faces"]([], "shapes").sentence
+    assert rows.keys() == {"VAE", REAL} and said.startswith("100 % [96, 100] of VAE; 100 % [96, 100] of real images")
+    assert not findings.CLAIMS["faces"]([], "celeba64").found
