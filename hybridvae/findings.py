@@ -8,7 +8,7 @@ __all__ = ['LEAST_IMAGES', 'DIGITS', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE',
            'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'number', 'Gap', 'Finding', 'trained',
            'nothing', 'Comparison', 'of_one_size', 'evaluations_of', 'metric_of', 'compared', 'claim', 'nearest',
            'detail', 'order', 'ratio', 'replication_order', 'sampling_time', 'latent_time', 'agreement', 'uncertainty',
-           'likelihood', 'noise', 'int8', 'int8_speed', 'findings', 'findings_table', 'replication_table',
+           'likelihood', 'noise', 'int8', 'int8_speed', 'faces', 'findings', 'findings_table', 'replication_table',
            'provenance_table', 'pairs_record', 'show_pairs', 'pictured', 'first_page', 'show_gaps']
 
 # %% ../nbs/90e_findings.ipynb #f1d00003
@@ -523,6 +523,17 @@ def int8_speed(records: list[dict], dataset: str) -> tuple[str, int] | None:
             shown.append(f"{median['fp32'] / median['int8']:.1f} times ({key.partition(', ')[2]})")
     said = f"{' and '.join(shown)} as fast as float32, one call of the U-Net, medians of one machine."
     return (said, 1) if shown else None
+
+# %% ../nbs/90e_findings.ipynb #f1d00033
+@claim("faces", "In how many images does a standard detector find a face?", "a detector's count")
+def faces(records: list[dict], dataset: str) -> tuple[str, int] | None:
+    "Shares of uncurated samples and of real images, see `rating.face_table`."
+    rows = _json(f"{dataset}/faces.json").get("rows", {})
+    if not rows:
+        return None
+    shown = "; ".join(f"{100 * row['share']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {name}"
+                      for name, row in rows.items())
+    return f"{shown}; n = {next(iter(rows.values()))['n']}, binomial intervals, one training each, not a claim.", 1
 
 # %% ../nbs/90e_findings.ipynb #f1d0001d
 def findings(dataset: str, records: list[dict] | None = None) -> dict[str, Finding]:
