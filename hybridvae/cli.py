@@ -138,7 +138,7 @@ def _both_or_neither(prior: str | None, dataset: str) -> None:
 
 # %% ../nbs/91_cli.ipynb #90df8878
 DataName = Annotated[str, typer.Argument(
-    metavar="NAME", help="shapes, cifar10, celeba64, celeba256; folder; or what was prepared before")]
+    metavar="NAME", help="shapes, scenes, cifar10, celeba64, celeba256; folder; or what was prepared before")]
 Source = Annotated[Path | None, typer.Option(
     help="folder of images; of CelebA the folder that holds celeba/img_align_celeba")]
 NewName = Annotated[str, typer.Option(help="of the new data set, for folder")]
@@ -166,7 +166,8 @@ def data(ctx: typer.Context, dataset: DataName, source: Source = None, name: New
             prepare_celeba(int(dataset.removeprefix("celeba")), source=source)
     for split in ("train", "test"):
         print(f"{split}: {_in_words(load_data(dataset, split))}")
-    print("drawn when needed, nothing is stored" if dataset == "shapes" else f"stored in {data_root() / dataset}")
+    drawn = dataset in ("shapes", "scenes")
+    print("drawn when needed, nothing is stored" if drawn else f"stored in {data_root() / dataset}")
 
 # %% ../nbs/91_cli.ipynb #e688e185
 def _in_words(part) -> str:
@@ -177,7 +178,7 @@ def _in_words(part) -> str:
 
 # %% ../nbs/91_cli.ipynb #2ec22830
 Experiments = Annotated[list[str] | None, typer.Option(help="name of an experiment; may be repeated")]
-Studied = Annotated[str, typer.Option(help="shapes, cifar10, celeba64 or celeba256")]
+Studied = Annotated[str, typer.Option(help="shapes, scenes, cifar10, celeba64 or celeba256")]
 
 
 @app.command(epilog=_examples("run --dataset shapes", "run --dataset shapes --experiment diffusevae-form1 --minutes 9",
@@ -210,7 +211,7 @@ def run(
 
 # %% ../nbs/91_cli.ipynb #9ab35f83
 TrainedOn = Annotated[str, typer.Option(
-    help="what to train on: shapes, cifar10, celeba64, celeba256, or a prepared folder")]
+    help="what to train on: shapes, scenes, cifar10, celeba64, celeba256, or a prepared folder")]
 Kind = Annotated[Literal["vae", "ddpm", "diffusevae"], typer.Option(help="what to train")]
 Preset = Annotated[str, typer.Option(
     help="sizes and settings, by the name of a data set; usually its own, or by image size")]
@@ -708,7 +709,7 @@ def _check_device(entries: list, cpu: bool) -> None:
     "Raise `HybridVAEError` where the entries need a GPU and there is none, unless `cpu` insists."
     from hybridvae.core import HybridVAEError, default_device
 
-    for_cpu = lambda e: e.dataset == "shapes" or e.experiment.endswith(("-cpu", "features"))
+    for_cpu = lambda e: e.dataset in ("shapes", "scenes") or e.experiment.endswith(("-cpu", "features"))
     large = next((e.dataset for e in entries if not for_cpu(e)), None)
     if large and not cpu and default_device(cpu).type == "cpu":
         raise HybridVAEError(f"there is no GPU here, and the experiments on {large} would take weeks without one: "

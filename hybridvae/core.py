@@ -9,7 +9,7 @@ __all__ = ['Source', 'MODELS', 'SIZES', 'RECORD_KEYS', 'INT8_SUFFIX', 'INT4', 'I
            'build_model', 'count_parameters', 'count_flops', 'to_float', 'to_uint8', 'image_grid', 'show_images',
            'save_grid', 'config_hash', 'weights_hash', 'package_folder', 'project_root', 'weights_folder',
            'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'write_json', 'load_record',
-           'load_records', 'save_model', 'int8_weight', 'load_model', 'load', 'budget']
+           'load_records', 'save_model', 'int8_weight', 'load_model', 'load', 'budget', 'exercise']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 #| code-fold: true
@@ -25,7 +25,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -339,9 +339,9 @@ def build_model(config: dict) -> Model:
     Raises `UnknownModel` for an unknown class, `HybridVAEError` for an argument that the class does not have or that
     cannot be, and the class's own `ValueError`.
     """
-    if not isinstance(config, dict):
+    name = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(name, str):
         raise HybridVAEError(f"a model cannot be built from {config!r}: give a dict that names its class as \"model\".")
-    name = config.get("model", "")
     cls = model_class(name)
     _check_numbers(name, config)
     try:
@@ -401,23 +401,39 @@ def image_grid(
     return canvas
 
 # %% ../nbs/00a_core.ipynb #cell-022
+def _name_images(axis, kind: str, names: Sequence[str], pixels: int, size: int) -> None:
+    "Write a name beside each image of `size` pixels along one axis of a grid; the grid has `pixels` of them."
+    there = (pixels + 1) // (size + 1)
+    if names and len(names) != there:
+        raise HybridVAEError(f"{kind} has {len(names)} names for {there} {kind} of images: give one for each.")
+    axis.set_ticks([k * (size + 1) + (size - 1) / 2 for k in range(len(names))], list(names))
+
+
 def show_images(
     images: torch.Tensor,  # (N, C, H, W), uint8 or float in [-1, 1]
     title: str = "",  # what to see
-    columns: int = 8,  # images in a row
+    columns: int | Sequence[str] = 8,  # images in a row; or a name over each column
     ax=None,  # matplotlib axes; a new figure if None
-    zoom: float = 1.5,  # printed pixels per image pixel, in a new figure
+    zoom: float | None = None,  # printed pixels per image pixel, in a new figure; an image is 96 wide unless given
+    rows: Sequence[str] = (),  # a name at each row
 ):
-    "Draw a grid with matplotlib and return its axes."
+    "Draw a grid with matplotlib and return its axes. Raises `HybridVAEError` where names and images differ in number."
     import matplotlib.pyplot as plt
 
-    picture = image_grid(images, columns)
+    names = () if isinstance(columns, int) else columns
+    picture = image_grid(images, columns if isinstance(columns, int) else len(columns))
+    (height, width), shape = picture.shape[:2], images.shape[-2:]
     if ax is None:
-        height, width = picture.shape[:2]
-        ax = plt.subplots(figsize=(width * zoom / 72, height * zoom / 72 + 0.3))[1]
+        zoom = zoom or min(max(96 / max(shape), 1.5), 800 / width)  # a page is about 800 wide
+        size = (width * zoom / 72 + 0.1 * max(map(len, rows), default=0), height * zoom / 72 + 0.3 * (1 + bool(names)))
+        ax = plt.subplots(figsize=size, layout="constrained")[1]
     ax.imshow(picture, interpolation="nearest")
-    ax.set_axis_off()
-    ax.set_title(title, fontsize=10)
+    _name_images(ax.yaxis, "rows", rows, height, shape[0])
+    _name_images(ax.xaxis, "columns", names, width, shape[1])
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0, labelsize=12)
+    ax.set_frame_on(False)
+    ax.set_title(title, fontsize=12)
     return ax
 
 # %% ../nbs/00a_core.ipynb #cell-024
@@ -666,11 +682,21 @@ def _from_int8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: dequantised.get(name, t) for name, t in state.items() if not name.endswith(INT8_SUFFIX)}
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """The model in a weights file, in eval mode.
+# %% ../nbs/00a_core.ipynb #4fa04a29
+def _check_size(config: dict, stored: int) -> None:
+    "Raise `ValueError`, before memory is asked for, where a config's model has many more than the `stored` numbers."
+    try:
+        with torch.device("meta"):  # shapes alone
+            model = build_model(config)
+    except HybridVAEError:  # flows cannot be built so; and for a bad config the real one says why
+        return
+    numbers = sum(t.numel() for t in [*model.parameters(), *model.buffers()])
+    if numbers > 2 * stored + 100_000:  # two of int4 share a byte; tables that are not stored
+        raise ValueError(f"its config names a model of {numbers:,} numbers, but there are {stored:,}")
 
-    Raises `HybridVAEError` where there is no such file, or it is damaged or not written by `save_model`.
-    """
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
+    "The model in a weights file, in eval mode. Raises `HybridVAEError` where it is missing, damaged or another's."
     from safetensors import safe_open
 
     path = user_path(path)
@@ -680,6 +706,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {})["config"])
             stored = {name: file.get_tensor(name) for name in file.keys()}
+        _check_size(config, sum(t.numel() for t in stored.values()))
         model = build_model(config)
         state = _from_int8(_from_int4(stored, model.state_dict()))
         damaged = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
@@ -724,3 +751,14 @@ def budget(kimg: float) -> float:
     if not 0 < scale < float("inf"):
         raise HybridVAEError(f"HYBRIDVAE_BUDGET is {text!r}: set it to a positive number such as 1 or 0.1.")
     return kimg * scale
+
+# %% ../nbs/00a_core.ipynb #faa4b25f
+@contextlib.contextmanager
+def exercise(number: int) -> Iterator[None]:
+    "Run the check of an exercise and print whether it passes; a failed `assert` is printed, other errors are raised."
+    try:
+        yield
+    except AssertionError as error:
+        print(f"Exercise {number}: not yet. {error}")
+    else:
+        print(f"Exercise {number}: passed.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PREDICTIONS', 'WEIGHTINGS', 'SAMPLERS', 'linear_betas', 'cosine_betas', 'NoiseSchedule',
-           'ForwardProcess', 'Denoising', 'loss_weights', 'DenoisingLoss', 'ForwardPosterior', 'trailing_timesteps',
+           'ForwardProcess', 'Denoising', 'ForwardPosterior', 'loss_weights', 'DenoisingLoss', 'trailing_timesteps',
            'ancestral_step', 'ddim_step', 'dpmpp_step', 'ReverseProcess', 'BoundTimesteps', 'BoundParts',
            'GaussianDiffusion']
 
@@ -111,6 +111,26 @@ class Denoising(ForwardProcess):
             return (y - s * output) / a  # x₀ = (y_t - √(1-ᾱ) ε) / √ᾱ
         return a * y - s * output if self.prediction == "v" else output  # x₀ = √ᾱ y_t - √(1-ᾱ) v
 
+# %% ../nbs/00e_diffusion.ipynb #8e3a7055
+class ForwardPosterior(Denoising):
+    "The distribution of an earlier x_s where x_t and x₀ are given."
+
+    def posterior(self, x0: torch.Tensor, x_t: torch.Tensor, t: int, s: int | None = None,
+                  shift: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+        """Mean and variance of q(x_s | x_t, x₀) for timesteps s < t (s = t - 1 unless given; s = -1 is the image).
+
+        Mean c₁x₀ + c₂x_t + (1 - c₂)x̂ with c₁ = β√ᾱ_s/(1-ᾱ_t), c₂ = √α(1-ᾱ_s)/(1-ᾱ_t), α = ᾱ_t/ᾱ_s, β = 1-α
+        (Ho et al. 2020, equation 7; Pandey et al. 2022, form 2).
+        """
+        now, then = self.alpha_bar(t), self.alpha_bar(t - 1 if s is None else s)
+        alpha = now / then
+        c1 = (1 - alpha) * np.sqrt(then) / (1 - now)
+        c2 = np.sqrt(alpha) * (1 - then) / (1 - now)
+        mean = c1 * x0 + c2 * x_t
+        if shift is not None:
+            mean = mean + (1 - c2) * shift
+        return mean, (1 - alpha) * (1 - then) / (1 - now)
+
 # %% ../nbs/00e_diffusion.ipynb #62142c1b
 def loss_weights(alphas_cumprod: np.ndarray, prediction: str, weighting: str, gamma: float = 5.0) -> np.ndarray:
     """Weights of the squared error in the network's own output, float64 (T,), from ᾱ (T,).
@@ -126,7 +146,7 @@ def loss_weights(alphas_cumprod: np.ndarray, prediction: str, weighting: str, ga
     return of_x0[weighting] / {"eps": snr, "v": snr + 1, "x0": np.ones_like(snr)}[prediction]
 
 # %% ../nbs/00e_diffusion.ipynb #05642b96
-class DenoisingLoss(Denoising):
+class DenoisingLoss(ForwardPosterior):
     "The weighted squared error of the network's output."
 
     def __init__(
@@ -152,26 +172,6 @@ class DenoisingLoss(Denoising):
         output = network(self.q_sample(x0, t, eps, shift), t).float()
         error = (output - self.target(x0, t, eps)).square().flatten(1).mean(dim=1)
         return self.loss_weight(t, weighting) * error
-
-# %% ../nbs/00e_diffusion.ipynb #8e3a7055
-class ForwardPosterior(DenoisingLoss):
-    "The distribution of an earlier x_s where x_t and x₀ are given."
-
-    def posterior(self, x0: torch.Tensor, x_t: torch.Tensor, t: int, s: int | None = None,
-                  shift: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
-        """Mean and variance of q(x_s | x_t, x₀) for timesteps s < t (s = t - 1 unless given; s = -1 is the image).
-
-        Mean c₁x₀ + c₂x_t + (1 - c₂)x̂ with c₁ = β√ᾱ_s/(1-ᾱ_t), c₂ = √α(1-ᾱ_s)/(1-ᾱ_t), α = ᾱ_t/ᾱ_s, β = 1-α
-        (Ho et al. 2020, equation 7; Pandey et al. 2022, form 2).
-        """
-        now, then = self.alpha_bar(t), self.alpha_bar(t - 1 if s is None else s)
-        alpha = now / then
-        c1 = (1 - alpha) * np.sqrt(then) / (1 - now)
-        c2 = np.sqrt(alpha) * (1 - then) / (1 - now)
-        mean = c1 * x0 + c2 * x_t
-        if shift is not None:
-            mean = mean + (1 - c2) * shift
-        return mean, (1 - alpha) * (1 - then) / (1 - now)
 
 # %% ../nbs/00e_diffusion.ipynb #01bf4e85
 def trailing_timesteps(timesteps: int, steps: int, start: float = 1.0) -> list[int]:
@@ -242,7 +242,7 @@ def _grid(timesteps: int, steps: int | Sequence[int]) -> list[int]:
     return grid
 
 # %% ../nbs/00e_diffusion.ipynb #e61b1d1d
-class ReverseProcess(ForwardPosterior):
+class ReverseProcess(DenoisingLoss):
     "From noise to images: the loop over timesteps that all samplers share."
 
     def timestep_grid(self, steps: int, start: float = 1.0) -> list[int]:

@@ -622,7 +622,8 @@ def show_pairs(dataset: str, columns: int = 8, rows: int = 1) -> "Figure | None"
     return figure
 
 # %% ../nbs/90e_findings.ipynb #f1d00030
-TITLES = {"celeba64": "CelebA-64", "cifar10": "CIFAR-10", "celeba256": "CelebA-256", "shapes": "Shapes"}
+TITLES = {"celeba64": "CelebA-64", "cifar10": "CIFAR-10", "celeba256": "CelebA-256", "scenes": "Scenes",
+          "shapes": "Shapes"}
 PICTURE = "pairs.jpg"  # beside the notebooks
 
 

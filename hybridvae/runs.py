@@ -30,8 +30,8 @@ from .entries import Entry, find_entry, options_of, studied_with
 from .features import FEATURE_WEIGHTS, FeatureModel, is_feature_network, load_features, shipped_features
 from .metrics import (ImageStatistics, compare, describe, distance_floors, distance_scale, load_inception)
 from .records import outdated, read_json, recorded
-from .training import (COMPILE_FROM, TrainConfig, TrainResult, autocast, check_same_run, choose_compile,
-                                choose_precision, compile_networks, eager, peak_memory, train)
+from .training import (COMPILE_FROM, Processes, TrainConfig, TrainResult, autocast, check_same_run,
+                                choose_compile, choose_precision, compile_networks, eager, peak_memory, train)
 
 # %% ../nbs/00i_runs.ipynb #9cab027a
 def _drawn(model: Model, batch: int, source: Source, arguments: dict, precision: str) -> torch.Tensor:
@@ -70,6 +70,13 @@ def _costs(model: Model, arguments: dict, seconds: list[float], batch: int, prec
     return costs
 
 
+def _gathered(processes: Processes, statistics: list[ImageStatistics], seconds: list[float]) -> list[float]:
+    "Give every process the statistics of all batches; return the seconds of all."
+    for each in statistics if processes.size > 1 else []:
+        each.share(processes.gather)
+    return [second for part in processes.gather(seconds) for second in part]
+
+
 def _keep_features(path: Path, networks: Sequence[nn.Module], statistics: list[ImageStatistics]) -> None:
     "What the metrics measured of each image, in half precision: a new statistic then needs no new samples."
     half = {str(network.name): each.features.half().numpy() for network, each in zip(networks, statistics)}
@@ -94,23 +101,26 @@ def evaluate(
 ) -> dict:
     """One entry of a record's `evaluations`: metrics of n samples, and time per image.
 
-    Samples are drawn by image (`core.image_draws`).
+    Samples are drawn by image (`core.image_draws`): several processes share them, and they stay the same.
     """
     n, seconds = evaluation["n"], []
     arguments = {k: v for k, v in (options or evaluation).items() if k != "n"}
     statistics = [ImageStatistics(network) for network in networks]
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    for start in tqdm(range(0, n, batch), desc=f"{n:,} samples, {evaluation['steps']} steps", unit="batch",
-                      disable=not progress, mininterval=1):
+    processes = Processes(model.device.type == "cpu")
+    starts = range(0, n, batch)[processes.rank::processes.size]
+    for start in tqdm(starts, desc=f"{n:,} samples, {evaluation['steps']} steps", unit="batch",
+                      disable=not progress or processes.rank, mininterval=1):
         source = image_draws(seed, start, start + batch)
         draw = functools.partial(_drawn, model, batch, source, arguments, precision)
         images, taken = _timed(draw, keep and keep / f"{start}.npz", check)
         seconds.append(taken)
         for each in statistics:
             each.add(images[:n - start])
+    seconds = _gathered(processes, statistics, seconds)
     metrics = [compare(*part) for part in zip(statistics, references, networks)]
-    if features and statistics:
+    if features and statistics and processes.rank == 0:
         _keep_features(features, networks, statistics)
     costs = _costs(model, arguments, seconds, batch, precision, evaluation["sampler"] is None)
     return {**evaluation, **costs, "metrics": {name: value for part in metrics for name, value in part.items()}}
@@ -179,10 +189,11 @@ def run_entry(
     Raises `HybridVAEError` where training fails, the disk is full, or the entry is in use (`core.sole_use`). What is
     recorded already is not run again, but measured again where a metric was added since (`outdated`).
     """
-    record, job = _complete(entry, runs), _Job(list(entries), Path(runs), Clock(minutes), cpu, progress)
+    job = _Job(list(entries), Path(runs), Clock(minutes), cpu, progress, Processes(cpu))
+    record = job.processes.once(lambda: _complete(entry, runs))
     if record is None:
-        with sole_use(entry.folder(runs)), contextlib.suppress(TimeUp):
-            record = _complete(entry, runs)  # another process may just have finished it
+        with job.sole_use(entry), contextlib.suppress(TimeUp):
+            record = job.processes.once(lambda: _complete(entry, runs))  # another may just have finished it
             if record is None and train_only:
                 job.train(entry)
             elif record is None:
@@ -236,6 +247,12 @@ def _round_to_half(model: Model) -> None:
                            for k, v in model.state_dict().items()})
 
 
+def _keep(model: Model, folder: Path, dtype: torch.dtype | None, trained: dict) -> None:
+    "Write trained weights, then what their training cost."
+    save_model(model, folder / "model.safetensors", dtype)
+    write_json(folder / "trained.json", trained)
+
+
 def _trained(entry: Entry, result: TrainResult, parents: dict[str, str], data: ImageData, device: torch.device) -> dict:
     "The content of `trained.json`, which becomes part of the record."
     images = result.step * TrainConfig(**entry.train or {}).batch_size
@@ -256,11 +273,32 @@ class _Steps:
     clock: Clock
     cpu: bool
     progress: bool
+    processes: Processes = dataclasses.field(default_factory=Processes)
+
+    @contextlib.contextmanager
+    def sole_use(self, entry: Entry):
+        "Within it the entry is this process's, or that of those that share its run."
+        with contextlib.ExitStack() as lock:
+            self.processes.once(lambda: lock.enter_context(sole_use(entry.folder(self.runs))) and None)
+            yield entry.folder(self.runs)
 
     def show(self, text: str) -> None:
         "Print a line where bars are shown."
-        if self.progress:
+        if self.progress and self.processes.rank == 0:
             print(text, flush=True)
+
+    def check(self) -> None:
+        "Raises `TimeUp` at the limit; not among several processes, of which one that stops leaves the others waiting."
+        if self.processes.size == 1:
+            self.clock.check()
+
+    def is_trained(self, entry: Entry) -> bool:
+        return all((entry.folder(self.runs) / name).exists() for name in ("trained.json", "model.safetensors"))
+
+
+# %% ../nbs/00i_runs.ipynb #75aa2996
+class _Fitting(_Steps):
+    "Trains a model, and loads one that is trained."
 
     def fit(self, entry: Entry, model: Model) -> TrainResult:
         "Train a model, or continue its training; nothing to do for one that is put together from trained parts."
@@ -274,11 +312,9 @@ class _Steps:
         return train(model, data, TrainConfig(**entry.train), entry.folder(self.runs), entry.seed, test,
                      self.clock.left(), cpu=self.cpu, progress=self.progress)
 
-    def load(self, entry: Entry) -> tuple[Model, dict] | None:
-        "A trained model, with what its training cost; None where it is not trained yet."
+    def load(self, entry: Entry) -> tuple[Model, dict]:
+        "A trained model, with what its training cost."
         folder = entry.folder(self.runs)
-        if not all((folder / name).exists() for name in ("trained.json", "model.safetensors")):
-            return None
         trained = read_json(folder / "trained.json", "config_hash", "compiled")
         images = {"data_hash": _images(*_key(entry))[0].fingerprint}
         check_same_run(folder, trained, {"config_hash": config_hash(entry.config)}, images)
@@ -286,16 +322,15 @@ class _Steps:
 
 # %% ../nbs/00i_runs.ipynb #ff95e019
 @dataclasses.dataclass
-class _Training(_Steps):
+class _Training(_Fitting):
     "Trains an entry after the entries that it starts from."
 
     def train(self, entry: Entry) -> tuple[Model, dict]:
         "Train an entry, or load it. Raises `TimeUp` where the limit comes first."
-        loaded = self.load(entry)
-        if loaded:
-            return loaded
-        self.clock.check()
-        with sole_use(entry.folder(self.runs)) as folder:
+        if self.processes.once(lambda: self.is_trained(entry)):
+            return self.load(entry)
+        self.processes.once(self.clock.check)
+        with self.sole_use(entry) as folder:
             model, parents = self.assembled(entry)
             result = self.fit(entry, model)
             if not result.finished:
@@ -304,8 +339,7 @@ class _Training(_Steps):
             if half:
                 _round_to_half(model)
             trained = _trained(entry, result, parents, _images(*_key(entry))[0], model.device)
-            save_model(model, folder / "model.safetensors", torch.float16 if half else None)
-            write_json(folder / "trained.json", trained)
+            self.processes.once(lambda: _keep(model, folder, torch.float16 if half else None, trained))
         return model, trained
 
     def assembled(self, entry: Entry) -> tuple[Model, dict[str, str]]:
@@ -327,8 +361,8 @@ class _Training(_Steps):
 class _Progress:
     "Evaluations and studies of these very weights that are done, kept beside them until the record is written."
 
-    def __init__(self, entry: Entry, runs: Path, weights: str):
-        self.path, self.entry = entry.folder(runs) / "measured.json", entry
+    def __init__(self, entry: Entry, runs: Path, weights: str, writes: bool = True):
+        self.path, self.entry, self.writes = entry.folder(runs) / "measured.json", entry, writes
         self.keys = {"config_hash": config_hash(entry.config), "weights_hash": weights}
         self.evaluations: list[dict] = []
         self.studies: dict = {}
@@ -360,7 +394,8 @@ class _Progress:
         return {"studied": dict.fromkeys(self.studies, self.entry.studied), **self.studies}
 
     def save(self) -> None:
-        write_json(self.path, {**self.keys, "evaluations": self.evaluations, **self.answers})
+        if self.writes:  # of processes that share a run the first alone
+            write_json(self.path, {**self.keys, "evaluations": self.evaluations, **self.answers})
 
 # %% ../nbs/00i_runs.ipynb #f6fe94f7
 def _shipped(source: Entry, device: torch.device) -> FeatureModel | None:
@@ -403,10 +438,11 @@ class _Measuring(_Training):
             keep = done.images_of(evaluation)
             features = keep.with_name(keep.name.replace("images", "features") + ".npz")
             measured = evaluate(model, networks, references, evaluation, options, entry.seed, entry.batch,
-                                entry.precision, self.clock.check, self.progress, keep, features)
+                                entry.precision, self.check, self.progress, keep, features)
             machine = {k: v for k, v in provenance(model.device).items() if k in ("commit", "dirty", "device")}
             done.add(measured | machine)
-            shutil.rmtree(keep)
+            if self.processes.rank == 0:
+                shutil.rmtree(keep)
 
     def study(self, entry: Entry, model: Model, material: Material | None, done: _Progress) -> None:
         "Make the studies that are not done yet."
@@ -464,8 +500,27 @@ def _record(entry: Entry, model: Model, trained: dict, done: _Progress, network:
         **model.measures(data, test, network), **landmarks,
     }
 
+# %% ../nbs/00i_runs.ipynb #b6033faa
+class _Recording(_Measuring):
+    "Writes the record."
+
+    def finished(self, entry: Entry, model: Model, trained: dict, networks: list[nn.Module], references: list[dict],
+                 done: _Progress) -> dict:
+        "The record, written, after studies and pictures."
+        device = model.device
+        with eager(), autocast(device, entry.precision):
+            material = Material(*_images(*_key(entry)), networks[0], references[0]["held-out"], entry.n_study,
+                                entry.batch, steps=entry.steps_study) if networks else None
+            self.study(entry, model, material, done)
+            if entry.evaluations:
+                self.pictures(entry, model)
+        with eager():  # in full precision
+            record = _record(entry, model, trained, done, networks[0] if networks else None)
+        write_record(self.runs, record)
+        return record
+
 # %% ../nbs/00i_runs.ipynb #cell-016
-class _Job(_Measuring):
+class _Job(_Recording):
     "Runs an entry after the networks it needs."
 
     def measuring(self, entry: Entry, device: torch.device) -> list[nn.Module]:
@@ -488,18 +543,9 @@ class _Job(_Measuring):
         model.to(device).to(memory_format=torch.channels_last).eval()
         networks = self.measuring(entry, device)
         references = [_statistics(_Reference(_key(entry), weights_hash(network), network)) for network in networks]
-        done = _Progress(entry, self.runs, weights_hash(model))
+        done = _Progress(entry, self.runs, weights_hash(model), self.processes.rank == 0)
         self.evaluations(entry, model, networks, references, done)
-        with eager(), autocast(device, entry.precision):
-            material = Material(*_images(*_key(entry)), networks[0], references[0]["held-out"], entry.n_study,
-                                entry.batch, steps=entry.steps_study) if networks else None
-            self.study(entry, model, material, done)
-            if entry.evaluations:
-                self.pictures(entry, model)
-        with eager():  # in full precision
-            record = _record(entry, model, trained, done, networks[0] if networks else None)
-        write_record(self.runs, record)
-        return record
+        return self.processes.once(lambda: self.finished(entry, model, trained, networks, references, done))
 
 # %% ../nbs/00i_runs.ipynb #57d00002
 def add_metrics(

@@ -2,6 +2,7 @@
 
 What the records have to say is written into the index first: one cell, and the picture of samples.
 """
+import base64
 import json
 import re
 from pathlib import Path
@@ -39,7 +40,19 @@ def write_found(index=ROOT / "nbs" / "index.ipynb"):
         figure.savefig(index.parent / PAIRS, dpi=100, pil_kwargs={"quality": 88})
 
 
+def tour_pictures(tour=ROOT / "nbs" / "00_tour.ipynb"):
+    "The figures of the tour that the home page shows: path -> PNG, as the notebook stores them."
+    figures = {}
+    for cell in json.loads(tour.read_text())["cells"]:
+        for name in re.findall(r"^#\| label: fig-(\w+)$", "".join(cell["source"]), flags=re.M):
+            [png] = [out["data"]["image/png"] for out in cell["outputs"] if "image/png" in out.get("data", {})]
+            figures[tour.parent / f"tour-{name}.png"] = base64.b64decode(png)
+    return figures
+
+
 if __name__ == "__main__":
     write_found()
+    for path, png in tour_pictures().items():
+        path.write_bytes(png)
     PICTURE.write_text(svg(import_graph()), encoding="utf-8")
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")

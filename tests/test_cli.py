@@ -169,6 +169,16 @@ def test_examples_name_experiments_that_there_are():
         assert selection.with_dependencies(selection.entries_of_every_size(entries), [pattern])
 
 
+def test_a_seed_after_a_name_is_that_seed_alone_with_what_it_depends_on():
+    entries = selection.entries_of_every_size("scenes")
+    chosen = selection.with_dependencies(entries, ["diffusevae-form1@3"])
+    assert {(e.experiment, e.seed) for e in chosen} == {("features", 0), ("vae", 3), ("diffusevae-form1", 3)}
+    assert {e.seed for e in selection.matching(entries, ["ddpm", "vae@1"]) if e.experiment == "ddpm"} == set(range(5))
+    for unknown in ("ddpm@9", "ddpm@x", "@1"):
+        with pytest.raises(HybridVAEError, match=f"no experiment '{unknown}'.*@1 after a name"):
+            selection.matching(entries, [unknown])
+
+
 def test_help_answers_without_torch():
     program = ("import sys; from hybridvae.cli import app\n"
                f"for words in ([], *([c] for c in {list(COMMANDS)})):\n"

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import complains, disk_full, files_below
 from hybridvae import core
-from hybridvae.core import (INT4_LEAST, INT4_SUFFIX, RECORD_KEYS, Draws, Model, atomic_path, budget, build_model,
-                            config_hash, count_parameters, default_device, derive_seed, image_grid, load, load_model,
-                            load_records, project_root, provenance, record_path, save_grid, save_model, to_float,
-                            to_uint8, weights_hash, write_record)
+from hybridvae.core import (INT4_LEAST, INT4_SUFFIX, RECORD_KEYS, Draws, HybridVAEError, Model, atomic_path, budget,
+                            build_model, config_hash, count_parameters, default_device, derive_seed, image_grid, load,
+                            load_model, load_records, project_root, provenance, record_path, save_grid, save_model,
+                            show_images, to_float, to_uint8, weights_hash, write_record)
 from hybridvae.vae import VAE
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -352,7 +352,7 @@ def test_weights_that_grow_too_large_for_the_file_system_get_the_same_sentence(v
 def test_a_config_that_names_no_class_or_no_argument_is_refused():
     with complains("no model class 'VEA'", "VAE"):
         build_model({"model": "VEA"})
-    with complains("there is no model class ''", "VAE"):
+    with complains("cannot be built from {}", "names its class"):
         build_model({})
     with complains("the config of VAE does not fit", "widht"):
         build_model({"model": "VAE", "widht": 3})
@@ -395,6 +395,28 @@ def test_a_grid_puts_each_image_in_its_row_and_column():
 def test_a_grid_of_few_grey_floats_is_narrow_and_has_three_equal_channels():
     picture = image_grid(torch.linspace(-1, 1, 2 * 4).reshape(2, 1, 2, 2), columns=8, padding=1)
     assert picture.shape == (2, 5, 3) and (picture == picture[..., :1]).all()
+
+
+def test_names_stand_at_the_middle_of_their_rows_and_columns():
+    images = torch.zeros(6, 3, 4, 6)
+    ax = show_images(images, "what to see", columns=["a", "b", "c"], rows=["x", "y"])
+    places = lambda axis: [(tick.get_loc(), tick.label2.get_text() or tick.label1.get_text())
+                           for tick in axis.get_major_ticks()]
+    assert places(ax.xaxis) == [(2.5, "a"), (9.5, "b"), (16.5, "c")]
+    assert places(ax.yaxis) == [(1.5, "x"), (6.5, "y")] and ax.get_title() == "what to see"
+
+
+def test_a_grid_without_names_has_none_and_is_large_unless_told_otherwise():
+    ax = show_images(torch.zeros(16, 3, 32, 32))
+    assert not ax.get_xticks().size and not ax.get_yticks().size
+    assert ax.figure.get_figwidth() * 72 / (8 * 33 - 1) >= 3
+    assert show_images(torch.zeros(2, 3, 32, 32), zoom=1).figure.get_figwidth() * 72 == pytest.approx(65)
+
+
+@pytest.mark.parametrize("names", [{"rows": ["x"]}, {"columns": ["a", "b", "c", "d"], "rows": ["x", "y", "z"]}])
+def test_names_of_another_number_than_the_rows_are_refused(names):
+    with pytest.raises(HybridVAEError, match="rows has . names for 2 rows of images: give one for each"):
+        show_images(torch.zeros(6, 3, 4, 4), **{"columns": 3, **names})
 
 
 def test_a_grid_on_disk_is_the_grid(tmp_path):

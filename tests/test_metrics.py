@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import complains, inception_stand_in, generator, randomised
 from hybridvae.core import HybridVAEError, count_flops
-from hybridvae.data import ImageData, draw_shapes, load_data, shapes_factors
+from hybridvae.data import SCENE_FACTORS, ImageData, draw_scenes, draw_shapes, factor_targets, load_data, shapes_factors
 from hybridvae.features import FeatureNetwork, gaussian_blur, load_features
 from hybridvae.metrics import (DEGRADATIONS, INCEPTION_FILE, ImageStatistics, compare, confidence, degraded,
                                density_coverage, describe, distance_floors, distance_scale, diversity, extract,
@@ -226,6 +226,13 @@ def test_images_without_texture_are_the_same_images(network):
     assert torch.equal(plain, torch.from_numpy(draw_shapes(data.labels, texture=0.0)).permute(0, 3, 1, 2))
     far = lambda x: (x.float() - data.tensor().float()).abs().mean()
     assert 0 < far(half) < far(plain) < 20
+
+
+def test_scenes_without_texture_are_drawn_again(network):
+    factors = shapes_factors(np.arange(10), SCENE_FACTORS)
+    data = ImageData("scenes", "train", draw_scenes(factors), factors)
+    (plain,) = degraded(data, "no texture", np.arange(10))
+    assert torch.equal(plain, torch.from_numpy(draw_scenes(factors, texture=0.0)).permute(0, 3, 1, 2))
 
 
 def test_smoothing_photographs_takes_texture_and_leaves_edges():
@@ -682,6 +689,15 @@ def test_the_readout_is_the_share_of_variance_that_least_squares_explains():
         total = ((target[500:] - target[500:].mean(axis=0))**2).sum()
         left = ((target[500:] - design[500:] @ weights)**2).sum() / total
         assert 0.1 < 1 - left < 0.99 and found[name] == pytest.approx(1 - left, rel=1e-6), name
+
+
+def test_scenes_factors_are_read_as_their_targets():
+    factors = shapes_factors(np.arange(600), SCENE_FACTORS)
+    wanted = factor_targets(torch.from_numpy(factors))
+    code = torch.cat([wanted["direction"], wanted["behind_hue"], wanted["difficulty"], cloud(600, dim=2)], dim=1)
+    found = linear_readout(code[:400], factors[:400], code[400:], factors[400:])
+    assert list(found) == list(SCENE_FACTORS)
+    assert min(found[name] for name in ("direction", "behind_hue", "difficulty")) > 0.999 and found["period"] < 0.1
 
 
 # --- all of them ---------------------------------------------------------------------------------------------------

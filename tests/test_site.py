@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from layers import PICTURE, direct, floors, import_graph, svg
-from readme import FOUND, PAIRS, readme
+from readme import FOUND, PAIRS, readme, tour_pictures
 
 from hybridvae.findings import first_page
 
@@ -264,6 +264,13 @@ def test_the_first_page_says_what_the_records_say():
     [found] = [source(cell) for cell in cells if cell["id"] == FOUND]
     assert found == first_page(), "the index is not what the records say: run make readme"
     assert (NBS / PAIRS).exists() and re.search(r"\d", found)
+
+
+def test_pictures_of_the_tour_on_the_home_page_are_current():
+    figures = tour_pictures()
+    assert {path.name for path in figures} == {"tour-samples.png", "tour-film.png"}
+    old = [path.name for path, png in figures.items() if path.read_bytes() != png]
+    assert not old, f"{', '.join(old)}: not what 00_tour.ipynb stores: run make readme"
 
 
 def test_readme_links():
