@@ -14,8 +14,9 @@ __all__ = ['LARGEST', 'app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName',
            'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'Standard',
            'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedWeights', 'TimedOn', 'TimedOnly',
            'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES',
-           'Pdf', 'data', 'run', 'train', 'distill', 'sample', 'reconstruct', 'interpolate', 'export', 'quantize',
-           'evaluate', 'campaign', 'bench', 'report', 'main']
+           'RatedOn', 'RatedOnly', 'Pairs', 'Rating', 'Table', 'Faces', 'Pdf', 'data', 'run', 'train', 'distill',
+           'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate', 'campaign', 'bench', 'rate',
+           'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
@@ -672,7 +673,7 @@ def campaign(
     compile_: Compile = "auto",
 ):
     "Run all experiments that are not recorded yet."
-    from hybridvae.campaign import add_standard, queue, run_campaign
+    from hybridvae.campaign import queue, run_campaign
     from hybridvae.selection import count, with_dependencies
 
     _one_mode({"--dry-run": dry_run, "--list": list_, "--train": train, "--measure": measure,
@@ -686,8 +687,7 @@ def campaign(
     elif dry_run:
         _try_out(entries, minutes)
     elif standard:
-        done = add_standard(entries, standard, runs, minutes, cpu)
-        print(f"FID, IS and KID: {len(done)} records more in {runs}, which tables show if HYBRIDVAE_RUNS names it.")
+        _add_standard(entries, standard, runs, minutes, cpu)
     else:
         _check_device(entries, cpu)
         try:
@@ -738,6 +738,15 @@ def _try_out(entries: list, minutes: float | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         done = dry_run(entries, folder, minutes)
     print(f"{len(done)} of {len(entries)} entries came through to their record.")
+
+
+def _add_standard(entries: list, path: Path, runs: Path, minutes: float | None, cpu: bool) -> None:
+    "FID, IS and KID for the records whose weights are there, and where to see them."
+    from hybridvae.campaign import add_standard
+
+    done = add_standard(entries, path, runs, minutes, cpu)
+    print(f"FID, IS and KID were added to {len(done)} records in {runs}. Tables show them where HYBRIDVAE_RUNS names "
+          "that folder.")
 
 # %% ../nbs/91_cli.ipynb #b164bae4
 BENCH_OPTIONS = {"peers": {"batch", "rounds", "tiny"}, "growth": {"rounds", "tiny"},
@@ -900,6 +909,47 @@ def _draw_memory(calls: dict[str, dict], dataset: str, target: Path) -> None:
         show_memory(profiles, ax)
     with atomic_path(target) as path:
         figure.savefig(path, dpi=120)
+
+# %% ../nbs/91_cli.ipynb #7a7e0001
+RatedOn = Annotated[str, typer.Option(help="shapes, cifar10, celeba64 or celeba256: whose samples, and real images")]
+RatedOnly = Annotated[list[str] | None, typer.Option(help="an experiment with a grid of samples; may be repeated")]
+Pairs = Annotated[int, typer.Option(min=1, help="pairs to show")]
+Rating = Annotated[Path, typer.Option(help="folder of the page, the key and the tables of choices")]
+Table = Annotated[bool, typer.Option("--table", help="only print what the tables in the folder say")]
+
+Faces = Annotated[bool, typer.Option("--faces", help="instead: in how many a detector finds a face (OpenCV)")]
+
+
+@app.command(epilog=_examples(
+    'rate --dataset celeba64 --experiment vae-cpu --experiment "diffusevae-form1-z-cpu"', "rate --table"))
+def rate(
+    ctx: typer.Context,
+    dataset: RatedOn = "shapes",
+    experiment: RatedOnly = None,
+    n: Pairs = 60,
+    seed: FirstSeed = 0,
+    out: Rating = Path("rating"),
+    table: Table = False,
+    faces: Faces = False,
+):
+    "Show uncurated pictures without names, and count what raters choose."
+    from hybridvae.rating import rating_sets, rating_table, write_faces, write_rating
+
+    _one_mode({"--table": table, "--faces": faces})
+    if faces:
+        _refuse(ctx, ("n", "seed"), "--faces")
+        for name, row in write_faces(dataset, out, experiment).items():
+            print(f"{100 * row['share']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {row['n']}: {name}")
+    elif table:
+        _refuse(ctx, ("dataset", "experiment", "n", "seed"), "--table")
+        shares, raters = rating_table(out)
+        print(shares.to_string())
+        print("Rated by: " + ", ".join(f"{name} ({count} pairs)" for name, count in raters.items()))
+    else:
+        page = write_rating(rating_sets(dataset, experiment), out, n, seed)
+        print(f"Open {page} in a browser; put the table that it saves into {out}; then run `hybridvae rate --table "
+              f"--out {out}`. Who rates must not see {out / 'key.json'}.")
+
 
 # %% ../nbs/91_cli.ipynb #52b75228
 Pdf = Annotated[bool, typer.Option("--pdf", help="print the page to PDF, too, with Chromium or Chrome")]

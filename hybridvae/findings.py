@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LEAST_IMAGES', 'DIGITS', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE', 'NORMAL', 'TEN', 'CHOSEN', 'STAGE_1',
            'STAGES_2_AND_3', 'BONUS', 'ACCELERATION', 'COMPARISONS', 'CLAIMS', 'VARIANTS', 'REPLICATION',
-           'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'number', 'Gap', 'Finding', 'trained', 'nothing', 'Comparison',
-           'of_one_size', 'evaluations_of', 'metric_of', 'compared', 'claim', 'nearest', 'detail', 'order', 'ratio',
-           'replication_order', 'sampling_time', 'latent_time', 'agreement', 'uncertainty', 'likelihood', 'noise',
-           'int8', 'int8_speed', 'findings', 'findings_table', 'replication_table', 'provenance_table', 'pairs_record',
-           'show_pairs', 'show_gaps']
+           'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'number', 'Gap', 'Finding', 'trained',
+           'nothing', 'Comparison', 'of_one_size', 'evaluations_of', 'metric_of', 'compared', 'claim', 'nearest',
+           'detail', 'order', 'ratio', 'replication_order', 'sampling_time', 'latent_time', 'agreement', 'uncertainty',
+           'likelihood', 'noise', 'int8', 'int8_speed', 'faces', 'findings', 'findings_table', 'replication_table',
+           'provenance_table', 'pairs_record', 'show_pairs', 'pictured', 'first_page', 'show_gaps']
 
 # %% ../nbs/90e_findings.ipynb #f1d00003
 #| code-fold: true
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -523,6 +524,17 @@ def int8_speed(records: list[dict], dataset: str) -> tuple[str, int] | None:
     said = f"{' and '.join(shown)} as fast as float32, one call of the U-Net, medians of one machine."
     return (said, 1) if shown else None
 
+# %% ../nbs/90e_findings.ipynb #f1d00033
+@claim("faces", "In how many images does a standard detector find a face?", "a detector's count")
+def faces(records: list[dict], dataset: str) -> tuple[str, int] | None:
+    "Shares of uncurated samples and of real images, see `rating.face_table`."
+    rows = _json(f"{dataset}/faces.json").get("rows", {})
+    if not rows:
+        return None
+    shown = "; ".join(f"{100 * row['share']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {name}"
+                      for name, row in rows.items())
+    return f"{shown}; n = {next(iter(rows.values()))['n']}, binomial intervals, one training each, not a claim.", 1
+
 # %% ../nbs/90e_findings.ipynb #f1d0001d
 def findings(dataset: str, records: list[dict] | None = None) -> dict[str, Finding]:
     "Every claim on a data set, by key, from its records (all that there are, unless given)."
@@ -608,6 +620,33 @@ def show_pairs(dataset: str, columns: int = 8, rows: int = 1) -> "Figure | None"
     for side in ax.spines.values():
         side.set_visible(False)
     return figure
+
+# %% ../nbs/90e_findings.ipynb #f1d00030
+TITLES = {"celeba64": "CelebA-64", "cifar10": "CIFAR-10", "celeba256": "CelebA-256", "scenes": "Scenes",
+          "shapes": "Shapes"}
+PICTURE = "pairs.jpg"  # beside the notebooks
+
+
+def pictured() -> str:
+    "The data set of the first page's picture: photographs first."
+    return next((name for name in TITLES if pairs_record(name)), "shapes")
+
+
+def first_page() -> str:
+    "What the records say a hybrid is good for, as markdown: a picture and three sentences with their numbers."
+    found = {name: findings(name) for name in TITLES}
+    parts = {"It draws the detail that a VAE leaves out.": "detail", "It keeps the code of the VAE.": "agreement",
+             "Its parts can be improved apart, the prior first.": "mixture"}
+    lines = []
+    for title, key in parts.items():
+        name = next((name for name in TITLES if found[name][key].found), None)
+        said = found[name][key] if name else None
+        short = said and (f"{said.gaps['FD']}, {trained(said.trainings)}." if said.gaps else str(said))
+        lines.append(f"- **{title}** {f'{TITLES[name]}: {short}' if name else f'There is {NO_RECORD}.'}")
+    wrapped = [textwrap.fill(line, 116, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
+    picture = f"![Above: uncurated samples of a VAE ({TITLES[pictured()]}). Below each: what the refiner makes of it.]"
+    return (f"{picture}({PICTURE})\n\n" + "\n".join(wrapped) +
+            "\n\nAll of it, with intervals and with what did not work, is in the [report](07_report.ipynb).")
 
 # %% ../nbs/90e_findings.ipynb #f1d0002c
 def show_gaps(dataset: str, kind: str = "FD") -> "Figure | None":

@@ -680,6 +680,19 @@ def test_only_the_published_weights_add_a_fid(stand_in, tmp_path, monkeypatch, c
     assert "--list and --standard" in sentence(capsys, monkeypatch, *words, stand_in, "--list")
 
 
+# --- rate -----------------------------------------------------------------------------------------------------------
+
+def test_rate_writes_pictures_without_names_and_counts_choices(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "rating"
+    said = command("rate --n 6 --experiment vae --experiment ddpm --out", out)
+    assert str(out / "rate.html") in said and (out / "key.json").exists()
+    blank = (out / "choices.csv").read_text().splitlines()
+    (out / "choices-me.csv").write_text("\n".join([blank[0], "1,a,b,equal,me", "2,a,a,a,me"]))
+    said = command("rate --table --out", out)
+    assert "Rated by: me (2 pairs)" in said and "decided" in said
+    assert "--n" in sentence(capsys, monkeypatch, "rate --table --n 5 --out", out)
+
+
 # --- report ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
