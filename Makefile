@@ -12,7 +12,7 @@ SUPPORTED := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3,
 NBDEV_TEST := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: help report test test-slow faults docs readme clean
+.PHONY: help report test test-slow faults docs pdf readme clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' Makefile
@@ -49,9 +49,17 @@ docs: $(STAMP)  ## render the site into _docs (needs Quarto)
 	@! grep -n WARN _proc/quarto.log || { echo "Quarto warned (above): mend the notebooks it names." >&2; exit 1; }
 	@rm -rf _docs && mv _proc/_docs _docs && echo "The site is in _docs/index.html."
 
+pdf: $(STAMP)  ## the report as report.pdf, typeset by Typst (needs Quarto)
+	@command -v quarto >/dev/null || { \
+	  echo "Quarto is not installed (https://quarto.org/docs/get-started/): 'hybridvae report --pdf' needs a browser only." >&2; exit 1; }
+	rm -rf _proc
+	$(BIN)/nbdev_proc_nbs
+	cd _proc && quarto render 07_report.ipynb --to typst --no-execute
+	@mv "$$(find _proc -name 07_report.pdf | head -n 1)" report.pdf && echo "The report is in report.pdf."
+
 readme: $(STAMP)  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tests/readme.py
 
 clean:  ## remove what can be made again (.venv and runs stay)
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache
+	rm -rf _docs _proc report.pdf build dist *.egg-info .pytest_cache
 	find hybridvae tests nbs -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

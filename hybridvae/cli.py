@@ -11,11 +11,12 @@ __all__ = ['LARGEST', 'app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName',
            'SAMPLE_EXAMPLES', 'Given', 'HeldOut', 'AtMost', 'RECONSTRUCT_EXAMPLES', 'Varied', 'Seeds', 'TwoImages',
            'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile', 'Calibration',
            'JsonFile', 'OnTrajectory', 'Compared', 'Drawn', 'Existing', 'Features', 'Inception', 'Measured',
-           'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly',
+           'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'Standard',
            'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedWeights', 'TimedOn', 'TimedOnly',
            'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES',
-           'data', 'run', 'train', 'distill', 'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate',
-           'campaign', 'bench', 'report', 'main']
+           'RatedOn', 'RatedOnly', 'Pairs', 'Rating', 'Table', 'Faces', 'Pdf', 'data', 'run', 'train', 'distill',
+           'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate', 'campaign', 'bench', 'rate',
+           'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
@@ -137,7 +138,7 @@ def _both_or_neither(prior: str | None, dataset: str) -> None:
 
 # %% ../nbs/91_cli.ipynb #90df8878
 DataName = Annotated[str, typer.Argument(
-    metavar="NAME", help="shapes, cifar10, celeba64, celeba256; folder; or what was prepared before")]
+    metavar="NAME", help="shapes, scenes, cifar10, celeba64, celeba256; folder; or what was prepared before")]
 Source = Annotated[Path | None, typer.Option(
     help="folder of images; of CelebA the folder that holds celeba/img_align_celeba")]
 NewName = Annotated[str, typer.Option(help="of the new data set, for folder")]
@@ -165,7 +166,8 @@ def data(ctx: typer.Context, dataset: DataName, source: Source = None, name: New
             prepare_celeba(int(dataset.removeprefix("celeba")), source=source)
     for split in ("train", "test"):
         print(f"{split}: {_in_words(load_data(dataset, split))}")
-    print("drawn when needed, nothing is stored" if dataset == "shapes" else f"stored in {data_root() / dataset}")
+    drawn = dataset in ("shapes", "scenes")
+    print("drawn when needed, nothing is stored" if drawn else f"stored in {data_root() / dataset}")
 
 # %% ../nbs/91_cli.ipynb #e688e185
 def _in_words(part) -> str:
@@ -176,7 +178,7 @@ def _in_words(part) -> str:
 
 # %% ../nbs/91_cli.ipynb #2ec22830
 Experiments = Annotated[list[str] | None, typer.Option(help="name of an experiment; may be repeated")]
-Studied = Annotated[str, typer.Option(help="shapes, cifar10, celeba64 or celeba256")]
+Studied = Annotated[str, typer.Option(help="shapes, scenes, cifar10, celeba64 or celeba256")]
 
 
 @app.command(epilog=_examples("run --dataset shapes", "run --dataset shapes --experiment diffusevae-form1 --minutes 9",
@@ -209,7 +211,7 @@ def run(
 
 # %% ../nbs/91_cli.ipynb #9ab35f83
 TrainedOn = Annotated[str, typer.Option(
-    help="what to train on: shapes, cifar10, celeba64, celeba256, or a prepared folder")]
+    help="what to train on: shapes, scenes, cifar10, celeba64, celeba256, or a prepared folder")]
 Kind = Annotated[Literal["vae", "ddpm", "diffusevae"], typer.Option(help="what to train")]
 Preset = Annotated[str, typer.Option(
     help="sizes and settings, by the name of a data set; usually its own, or by image size")]
@@ -646,9 +648,12 @@ List = Annotated[bool, typer.Option("--list", help="only print what is recorded 
 TrainOnly = Annotated[bool, typer.Option("--train", help="train only; the same command without it measures")]
 MeasureOnly = Annotated[bool, typer.Option(
     "--measure", help="measure only what is trained; again where a metric was added since")]
+Standard = Annotated[Path | None, typer.Option(
+    help="only add FID, IS and KID, by Inception's weights file, to records whose weights are there")]
 CAMPAIGN_EXAMPLES = _examples(
     "campaign --list", "campaign --dataset cifar10 --minutes 55", "campaign --dry-run --dataset celeba64",
-    'campaign --dataset shapes --experiment "diffusevae-*" --cpu')
+    'campaign --dataset shapes --experiment "diffusevae-*" --cpu',
+    "campaign --standard weights-inception-2015-12-05-6726825d.pth --dataset cifar10")
 
 # %% ../nbs/91_cli.ipynb #a21afd2b
 @app.command(epilog=CAMPAIGN_EXAMPLES)
@@ -661,6 +666,7 @@ def campaign(
     list_: List = False,
     train: TrainOnly = False,
     measure: MeasureOnly = False,
+    standard: Standard = None,
     runs: Runs = Path("runs"),
     cpu: Cpu = False,
     precision: Precision = "auto",
@@ -670,7 +676,8 @@ def campaign(
     from hybridvae.campaign import queue, run_campaign
     from hybridvae.selection import count, with_dependencies
 
-    _one_mode({"--dry-run": dry_run, "--list": list_, "--train": train, "--measure": measure})
+    _one_mode({"--dry-run": dry_run, "--list": list_, "--train": train, "--measure": measure,
+               "--standard": standard is not None})
     if list_:
         _refuse(ctx, ("minutes",), "--list")
     entries = queue(*dataset or ())
@@ -679,6 +686,8 @@ def campaign(
         _print_listing(entries, runs)
     elif dry_run:
         _try_out(entries, minutes)
+    elif standard:
+        _add_standard(entries, standard, runs, minutes, cpu)
     else:
         _check_device(entries, cpu)
         try:
@@ -700,7 +709,7 @@ def _check_device(entries: list, cpu: bool) -> None:
     "Raise `HybridVAEError` where the entries need a GPU and there is none, unless `cpu` insists."
     from hybridvae.core import HybridVAEError, default_device
 
-    for_cpu = lambda e: e.dataset == "shapes" or e.experiment.endswith(("-cpu", "features"))
+    for_cpu = lambda e: e.dataset in ("shapes", "scenes") or e.experiment.endswith(("-cpu", "features"))
     large = next((e.dataset for e in entries if not for_cpu(e)), None)
     if large and not cpu and default_device(cpu).type == "cpu":
         raise HybridVAEError(f"there is no GPU here, and the experiments on {large} would take weeks without one: "
@@ -729,6 +738,15 @@ def _try_out(entries: list, minutes: float | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         done = dry_run(entries, folder, minutes)
     print(f"{len(done)} of {len(entries)} entries came through to their record.")
+
+
+def _add_standard(entries: list, path: Path, runs: Path, minutes: float | None, cpu: bool) -> None:
+    "FID, IS and KID for the records whose weights are there, and where to see them."
+    from hybridvae.campaign import add_standard
+
+    done = add_standard(entries, path, runs, minutes, cpu)
+    print(f"FID, IS and KID were added to {len(done)} records in {runs}. Tables show them where HYBRIDVAE_RUNS names "
+          "that folder.")
 
 # %% ../nbs/91_cli.ipynb #b164bae4
 BENCH_OPTIONS = {"peers": {"batch", "rounds", "tiny"}, "growth": {"rounds", "tiny"},
@@ -892,17 +910,62 @@ def _draw_memory(calls: dict[str, dict], dataset: str, target: Path) -> None:
     with atomic_path(target) as path:
         figure.savefig(path, dpi=120)
 
+# %% ../nbs/91_cli.ipynb #7a7e0001
+RatedOn = Annotated[str, typer.Option(help="shapes, cifar10, celeba64 or celeba256: whose samples, and real images")]
+RatedOnly = Annotated[list[str] | None, typer.Option(help="an experiment with a grid of samples; may be repeated")]
+Pairs = Annotated[int, typer.Option(min=1, help="pairs to show")]
+Rating = Annotated[Path, typer.Option(help="folder of the page, the key and the tables of choices")]
+Table = Annotated[bool, typer.Option("--table", help="only print what the tables in the folder say")]
+
+Faces = Annotated[bool, typer.Option("--faces", help="instead: in how many a detector finds a face (OpenCV)")]
+
+
+@app.command(epilog=_examples(
+    'rate --dataset celeba64 --experiment vae-cpu --experiment "diffusevae-form1-z-cpu"', "rate --table"))
+def rate(
+    ctx: typer.Context,
+    dataset: RatedOn = "shapes",
+    experiment: RatedOnly = None,
+    n: Pairs = 60,
+    seed: FirstSeed = 0,
+    out: Rating = Path("rating"),
+    table: Table = False,
+    faces: Faces = False,
+):
+    "Show uncurated pictures without names, and count what raters choose."
+    from hybridvae.rating import rating_sets, rating_table, write_faces, write_rating
+
+    _one_mode({"--table": table, "--faces": faces})
+    if faces:
+        _refuse(ctx, ("n", "seed"), "--faces")
+        for name, row in write_faces(dataset, out, experiment).items():
+            print(f"{100 * row['share']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {row['n']}: {name}")
+    elif table:
+        _refuse(ctx, ("dataset", "experiment", "n", "seed"), "--table")
+        shares, raters = rating_table(out)
+        print(shares.to_string())
+        print("Rated by: " + ", ".join(f"{name} ({count} pairs)" for name, count in raters.items()))
+    else:
+        page = write_rating(rating_sets(dataset, experiment), out, n, seed)
+        print(f"Open {page} in a browser; put the table that it saves into {out}; then run `hybridvae rate --table "
+              f"--out {out}`. Who rates must not see {out / 'key.json'}.")
+
+
 # %% ../nbs/91_cli.ipynb #52b75228
-@app.command(epilog=_examples("report", "report --runs elsewhere --cpu"))
+Pdf = Annotated[bool, typer.Option("--pdf", help="print the page to PDF, too, with Chromium or Chrome")]
+
+
+@app.command(epilog=_examples("report", "report --runs elsewhere --cpu", "report --pdf"))
 def report(
     runs: Runs = Path("runs"),
+    pdf: Pdf = False,
     cpu: Cpu = False,
     precision: Precision = "auto",
     compile_: Compile = "auto",
 ):
-    "Run the baseline study on Shapes and write its report."
+    "Run the baseline study on Shapes, and write the report with it beside the records."
     from hybridvae.campaign import queue
-    from hybridvae.report import render_report, report_source, study_entries
+    from hybridvae.report import print_pdf, render_report, report_source, study_entries
     from hybridvae.records import recorded
     from hybridvae.runs import run_entry
     from hybridvae.selection import summary
@@ -916,7 +979,8 @@ def report(
         assert record is not None  # there is no limit of time
         print(summary(record, runs))
     print("Writing the report ...")
-    print(f"The report is in {render_report(runs)}")
+    page = render_report(runs)
+    print(f"The report is in {print_pdf(page) if pdf else page}")
 
 # %% ../nbs/91_cli.ipynb #51a5adf9
 class _Stopped(BaseException):

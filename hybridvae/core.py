@@ -339,9 +339,9 @@ def build_model(config: dict) -> Model:
     Raises `UnknownModel` for an unknown class, `HybridVAEError` for an argument that the class does not have or that
     cannot be, and the class's own `ValueError`.
     """
-    if not isinstance(config, dict):
+    name = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(name, str):
         raise HybridVAEError(f"a model cannot be built from {config!r}: give a dict that names its class as \"model\".")
-    name = config.get("model", "")
     cls = model_class(name)
     _check_numbers(name, config)
     try:
@@ -682,11 +682,21 @@ def _from_int8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: dequantised.get(name, t) for name, t in state.items() if not name.endswith(INT8_SUFFIX)}
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """The model in a weights file, in eval mode.
+# %% ../nbs/00a_core.ipynb #4fa04a29
+def _check_size(config: dict, stored: int) -> None:
+    "Raise `ValueError`, before memory is asked for, where a config's model has many more than the `stored` numbers."
+    try:
+        with torch.device("meta"):  # shapes alone
+            model = build_model(config)
+    except HybridVAEError:  # flows cannot be built so; and for a bad config the real one says why
+        return
+    numbers = sum(t.numel() for t in [*model.parameters(), *model.buffers()])
+    if numbers > 2 * stored + 100_000:  # two of int4 share a byte; tables that are not stored
+        raise ValueError(f"its config names a model of {numbers:,} numbers, but there are {stored:,}")
 
-    Raises `HybridVAEError` where there is no such file, or it is damaged or not written by `save_model`.
-    """
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
+    "The model in a weights file, in eval mode. Raises `HybridVAEError` where it is missing, damaged or another's."
     from safetensors import safe_open
 
     path = user_path(path)
@@ -696,6 +706,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {})["config"])
             stored = {name: file.get_tensor(name) for name in file.keys()}
+        _check_size(config, sum(t.numel() for t in stored.values()))
         model = build_model(config)
         state = _from_int8(_from_int4(stored, model.state_dict()))
         damaged = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]

@@ -41,7 +41,15 @@ LABELS = {
     "joint-0.1": "joint, λ = 0.1", "joint-1": "joint, λ = 1", "joint-10": "joint, λ = 10",
     "joint-100": "joint, λ = 100", "joint-b16-10": "joint, λ = 10, β = 16", "joint-bound": "joint, bound's weights",
     "latent": "latent", "latent-long": "latent, longer", "latent-mlp": "latent, vectors",
-    "latent-mlp-long": "latent, vectors, longer", "latent-hybrid": "latent hybrid",
+    "latent-mlp-long": "latent, vectors, longer", "latent-hybrid": "latent hybrid", "latent-vae": "VAE, spatial codes",
+    "joint-linear": "joint, λ rising", "joint-cosine": "joint, λ rising, cosine",
+    "joint-uncertainty": "joint, λ learned", "joint-gradient-norm": "joint, λ by gradients",
+    "joint-frozen-time": "two-stage, same time", "adaptive-control": "adaptive, control",
+    "adaptive-no-level": "adaptive, level not told", "adaptive-film": "adaptive, FiLM",
+    "adaptive-realnvp": "adaptive, RealNVP", "adaptive-glow": "adaptive, Glow",
+    "distill-form1": "form 1, teacher", "distill-form1-4": "form 1, student of 4 steps",
+    "pca-k12": "form 1 + z, 12 components", "pca-k4": "form 1 + z, 4 components",
+    "pca-k128": "form 1 + z, 128 components", "pca-k32": "form 1 + z, 32 components",
 }  # of experiments; others are called by their own name
 
 # %% ../nbs/06_evaluation.ipynb #06fa0001

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEXTURE_LEVELS', 'LUMINANCE_CHROMA', 'ROUNDING', 'BOOTSTRAP_FEATURES', 'SCORE_PARTS', 'SCORE_PART', 'INCEPTION_FILE',
            'INCEPTION_SHA256', 'INCEPTION_NAMES', 'NEIGHBOUR_IMAGES', 'EQUAL_NUMBERS', 'WITHOUT_NETWORK', 'ALONE',
-           'DISTANCES', 'DEGRADATIONS', 'TEXTURE_OF_SHAPES', 'high_frequency_power', 'power_spectrum', 'texture',
-           'ImageStatistics', 'describe', 'extract', 'frechet_distance', 'texture_distance', 'in_deviations',
+           'DISTANCES', 'DEGRADATIONS', 'DRAWN', 'TEXTURE_OF_DRAWN', 'high_frequency_power', 'power_spectrum',
+           'texture', 'ImageStatistics', 'describe', 'extract', 'frechet_distance', 'texture_distance', 'in_deviations',
            'frechet_deviation', 'kernel_distance', 'score_splits', 'inception_score', 'confidence', 'precision_recall',
            'density_coverage', 'diversity', 'InceptionNetwork', 'load_inception', 'metric_name', 'measure', 'compare',
            'degraded', 'distance_scale', 'distance_floors', 'Paired', 'paired', 'paired_family', 'paired_table',
@@ -17,6 +17,7 @@ __all__ = ['TEXTURE_LEVELS', 'LUMINANCE_CHROMA', 'ROUNDING', 'BOOTSTRAP_FEATURES
 import dataclasses
 import hashlib
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 
 from .core import HybridVAEError, env_path, user_path, weights_hash
-from .data import FACTORS, ImageData, draw_shapes
+from .data import ImageData, draw_scenes, draw_shapes, factor_targets
 from .features import gaussian_blur
 
 # %% ../nbs/00h_metrics.ipynb #cell-007
@@ -172,6 +173,13 @@ class ImageStatistics(_Statistics):
         for name, value in values.items():
             if value is not None:
                 self._parts[name].append(value.float().cpu())
+
+    def share(self, gather: Callable[[dict], list[dict]]) -> None:
+        "Hold what all processes have measured: the first batch of each, then the second of each, and so on."
+        parts = gather(self._parts)
+        for name in self._parts:
+            turns = itertools.zip_longest(*(part[name] for part in parts))
+            self._parts[name] = [batch for turn in turns for batch in turn if batch is not None]
 
 # %% ../nbs/00h_metrics.ipynb #f253e5c2
 def describe(
@@ -637,18 +645,19 @@ DEGRADATIONS: dict[str, Callable] = {
     "noise, 5 of 255": lambda x: _noise(x, 5), "noise, 20 of 255": lambda x: _noise(x, 20),
     "blur, 0.5 pixels": lambda x: _blur(x, 0.5), "blur, 1 pixel": lambda x: _blur(x, 1.0),
 }
-TEXTURE_OF_SHAPES = {"half the texture": 0.5, "no texture": 0.0}  # strength of the grain, see `draw_shapes`
+DRAWN = {"shapes": draw_shapes, "scenes": draw_scenes}
+TEXTURE_OF_DRAWN = {"half the texture": 0.5, "no texture": 0.0}  # strength, see `draw_shapes`
 
 
 def degraded(data: ImageData, name: str, indices: np.ndarray) -> Iterator[torch.Tensor]:
     """Batches, uint8 (B, 3, H, W), of the images with these numbers, damaged as in `DEGRADATIONS[name]`.
 
-    "No texture" is exact for Shapes, which are drawn again without their grain; photographs are smoothed by a bilateral
+    "No texture" is exact for drawn images, which are drawn again without it; photographs are smoothed by a bilateral
     filter, which keeps edges.
     """
-    if data.name == "shapes" and name in TEXTURE_OF_SHAPES:
-        assert data.labels is not None  # the factors, from which Shapes are drawn
-        drawn = draw_shapes(data.labels[indices], data.image_size, TEXTURE_OF_SHAPES[name])
+    if data.name in DRAWN and name in TEXTURE_OF_DRAWN:
+        assert data.labels is not None  # the factors, from which they are drawn
+        drawn = DRAWN[data.name](data.labels[indices], data.image_size, TEXTURE_OF_DRAWN[name])
         return iter(torch.from_numpy(drawn).permute(0, 3, 1, 2).split(200))
     return map(DEGRADATIONS[name], _picked(data, indices))
 
@@ -810,35 +819,33 @@ def path_length(
 # %% ../nbs/00h_metrics.ipynb #cell-051
 def linear_readout(
     codes: torch.Tensor,  # (N, D), latent codes of images
-    factors: torch.Tensor | np.ndarray,  # (N, 8), their factors, columns as in `FACTORS`
+    factors: torch.Tensor | np.ndarray,  # (N, F), their factors, columns as in `FACTORS` or `SCENE_FACTORS`
     held_codes: torch.Tensor,  # (M, D), of other images
-    held_factors: torch.Tensor | np.ndarray,  # (M, 8)
+    held_factors: torch.Tensor | np.ndarray,  # (M, F)
 ) -> dict[str, float]:
-    """How well Shapes' factors can be read linearly off the codes, on held-out images, by factor.
+    """How well the factors of drawn images can be read linearly off the codes, on held-out images, by factor.
 
     The shape: accuracy of a multinomial logistic regression. All others: R² of a linear regression, 1 for perfect, 0
-    for the mean; hue and ground as the pair of cosine and sine, since they are angles. N should be many times D.
+    for the mean, of the targets of `factor_targets`. N should be many times D.
     """
     from sklearn.linear_model import LinearRegression, LogisticRegression
     from sklearn.metrics import r2_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    def targets(table, name):
-        column = np.asarray(table)[:, list(FACTORS).index(name)].astype(np.float64)
-        angle = 2 * np.pi * column
-        return np.stack([np.cos(angle), np.sin(angle)], axis=1) if name in ("hue", "ground") else column
-
     def score(name):
-        fitted, held = targets(factors, name), targets(held_factors, name)
+        fitted, held = wanted[name].squeeze(1).numpy(), held_wanted[name].squeeze(1).numpy()
         if name == "shape" and len(set(fitted)) == 1:
             raise HybridVAEError("all images that the shape is to be learned from have the same one: give others, too.")
         if name == "shape":
-            classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000)).fit(x, fitted)
+            kinds, held = (np.asarray(table)[:, 0] for table in (factors, held_factors))
+            classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000)).fit(x, kinds)
             return float(classifier.score(held_x, held))
         model = LinearRegression().fit(x, fitted)
         return float(r2_score(held, model.predict(held_x), multioutput="variance_weighted"))
 
     _enough(2, "a linear readout", codes, held_codes)
     x, held_x = (c.detach().flatten(1).double().cpu().numpy() for c in (codes, held_codes))
-    return {name: score(name) for name in FACTORS}
+    wanted, held_wanted = (factor_targets(torch.as_tensor(np.asarray(table, np.float64)))
+                           for table in (factors, held_factors))
+    return {name: score(name) for name in wanted}

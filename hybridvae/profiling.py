@@ -162,5 +162,6 @@ def show_memory(profiles: dict[str, Profile], ax=None):
         times, mebibytes = [at for at, _ in profile.timeline], [held / 2**20 for _, held in profile.timeline]
         ax.step(times, mebibytes, where="post", lw=1, label=name)
     ax.set(xlabel="milliseconds (profiled)", ylabel="MiB held", ylim=(0, None))
-    ax.legend()
+    if profiles:
+        ax.legend()
     return ax

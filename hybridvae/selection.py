@@ -24,15 +24,22 @@ def entries_of_every_size(dataset: str) -> list[Entry]:
 
 def matching(
     entries: list[Entry],  # to choose from
-    patterns: Iterable[str],  # names, with * for any letters
+    patterns: Iterable[str],  # names, with * for any letters; ddpm@1 is ddpm with seed 1 alone
 ) -> list[Entry]:
     "The entries whose experiments match. Raises `HybridVAEError` for a pattern without a match."
-    names = list(dict.fromkeys(e.experiment for e in entries))
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise HybridVAEError(f"there is no experiment {pattern!r}: choose from {', '.join(names)}, or use * for "
-                                 "any letters.")
-    return [e for e in entries if any(fnmatch.fnmatchcase(e.experiment, p) for p in patterns)]
+    found = {pattern: [e for e in entries if _matches(e, pattern)] for pattern in patterns}
+    for pattern, matches in found.items():
+        if not matches:
+            names = dict.fromkeys(e.experiment for e in entries)
+            raise HybridVAEError(f"there is no experiment {pattern!r}: choose from {', '.join(names)}, use * for any "
+                                 "letters, and @1 after a name for one seed.")
+    return [e for e in entries if any(e in matches for matches in found.values())]
+
+
+def _matches(entry: Entry, pattern: str) -> bool:
+    "Whether an entry is meant by a name, with * for any letters and @ before a seed."
+    name, _, seed = pattern.partition("@")
+    return fnmatch.fnmatchcase(entry.experiment, name) and seed in ("", str(entry.seed))
 
 # %% ../nbs/90a_selection.ipynb #e24670e2
 def with_dependencies(entries: list[Entry], patterns: Iterable[str]) -> list[Entry]:

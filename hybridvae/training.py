@@ -6,11 +6,12 @@
 __all__ = ['PRECISIONS', 'COMPILE_FROM', 'POINTS', 'CHECKPOINT_SECONDS', 'TrainConfig', 'Average', 'supports_bf16',
            'choose_precision', 'autocast', 'eager', 'compiler_works', 'choose_compile', 'compile_networks',
            'training_flops', 'peak_memory', 'latest_checkpoint', 'save_checkpoint', 'check_same_run', 'take_step',
-           'adamw', 'heldout_losses', 'TrainResult', 'train', 'training_step']
+           'adamw', 'heldout_losses', 'TrainResult', 'Processes', 'train', 'training_step']
 
 # %% ../nbs/00g_training.ipynb #cell-002
 #| code-fold: true
 import contextlib
+import datetime
 import dataclasses
 import functools
 import itertools
@@ -28,7 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -382,6 +384,35 @@ def _own_settings():
         yield
     finally:
         os.environ.update(hidden)
+
+# %% ../nbs/00g_training.ipynb #badcb2dd
+class Processes:
+    "The processes that share a run, one unless a launcher started several (`accelerate launch`, torchrun)."
+
+    def __init__(self, cpu: bool = False):  # no GPU
+        self.rank, self.size = 0, 1
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            with _own_settings():  # the others may wait for what the first does alone
+                state = PartialState(cpu=cpu, timeout=datetime.timedelta(hours=12))
+            self.rank, self.size = state.process_index, state.num_processes
+
+    def gather(self, part) -> list:
+        "What each process has, in all of them, in their order."
+        return gather_object([part]) if self.size > 1 else [part]
+
+    def once(self, function: Callable):
+        "What the first process gets of the function, in all of them; an error of it is raised in all."
+        answer: list = [None, None]
+        if self.rank == 0:
+            try:
+                answer = [function(), None]
+            except Exception as error:
+                answer = [None, error]
+        if self.size > 1:
+            broadcast_object_list(answer)
+        if answer[1]:
+            raise answer[1]
+        return answer[0]
 
 # %% ../nbs/00g_training.ipynb #cell-019
 class _Log:

@@ -41,6 +41,23 @@ def float32(monkeypatch):
     monkeypatch.setenv("HYBRIDVAE_PRECISION", "fp32")
 
 
+def inception_stand_in(path):
+    "Write random weights in the layout of Inception's published file; return the path."
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.manual_seed(0)
+    for p in network.parameters():
+        if p.dim() == 4:
+            torch.nn.init.kaiming_normal_(p)
+    network.fc.weight.data.mul_(100)  # so that classes differ
+    torch.save(network.state_dict(), path)
+    return path
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hybridvae
@@ -222,6 +223,95 @@ def test_no_entry_is_begun_after_the_limit_and_each_is_given_what_is_left(tmp_pa
     entries = [entry(name) for name in "abcd"]
     assert len(run_campaign(entries, tmp_path, minutes=5, progress=False)) == 3 and given == [5.0, 3.0, 1.0]
     assert [r["experiment"] for r in run_campaign(entries, tmp_path, minutes=5, progress=False)] == ["d"]
+
+
+# --- several workers -----------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys
+from hybridvae import campaign, data
+from hybridvae.entries import Entry
+
+data.SHAPES_SIZES.update(train=64, test=16)
+campaign.record_roots, campaign.WAIT = list, 0.2
+VAE = {"model": "VAE", "image_size": 32, "z_dim": 4, "width": 4, "multipliers": [1, 2], "patch": 4}
+PAIR = {"model": "DiffuseVAE", "vae": VAE, "form": 1, "unet": {"image_size": 32, "width": 8, "multipliers": [1],
+        "attention": [], "patch": 4}, "diffusion": {"schedule": "cosine"}}
+TRAIN = {"kimg": 0.8, "batch_size": 8}
+entries = [Entry(name, "shapes", model, TRAIN, seed, depends_on=needs) for seed in range(3)
+           for name, model, needs in (("vae", VAE, {}), ("pair", PAIR, {"vae": "vae"}))]
+campaign.run_campaign(entries, sys.argv[1], cpu=True, progress=False)
+"""
+
+
+def workers(folder, n):
+    "n processes that share a campaign of six entries, two for each seed."
+    return [subprocess.Popen([sys.executable, "-c", WORKER, str(folder)], stdout=subprocess.PIPE, text=True)
+            for _ in range(n)]
+
+
+def in_hand(folder):
+    "How many entries have been begun."
+    return len(list(folder.glob("shapes/*/seed?/.lock")))
+
+
+def four_of_which_two_are_killed(folder, delay):
+    "The lines that four workers say, the first two of which are killed when three entries are begun and `delay` later."
+    started = workers(folder, 4)
+    end = time.monotonic() + 100
+    while in_hand(folder) < 3 and time.monotonic() < end and any(w.poll() is None for w in started):
+        time.sleep(0.02)
+    time.sleep(delay)
+    for worker in started[:2]:
+        worker.kill()
+    said = [worker.communicate(timeout=200)[0].splitlines() for worker in started]
+    assert [w.returncode for w in started[2:]] == [0, 0], said
+    return [line for lines in said for line in lines]
+
+
+def check_shared(said, folder, alone):
+    "Every entry is recorded, by one worker, as one worker alone records it."
+    names = [f"shapes {name} seed {seed}" for name in ("vae", "pair") for seed in range(3)]
+    recorded = [line.removeprefix("recorded: ") for line in said if line.startswith("recorded: ")]
+    assert set(recorded) <= set(names) and len(recorded) == len(set(recorded)), said
+    found, wanted = ({r.relative_to(root): json.loads(r.read_text())["weights_hash"]
+                      for r in root.glob("shapes/*/seed?.json")} for root in (folder, alone))
+    assert len(found) == 6 and found == wanted
+
+
+def test_four_workers_share_a_campaign_and_two_are_killed(tmp_path):
+    (alone,) = workers(tmp_path / "alone", 1)
+    assert alone.communicate(timeout=200)[0].count("recorded: ") == 6 and alone.returncode == 0
+    check_shared(four_of_which_two_are_killed(tmp_path / "shared", 0.5), tmp_path / "shared", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_at_any_moment_lose_nothing(tmp_path):
+    (alone,) = workers(tmp_path / "alone", 1)
+    alone.communicate(timeout=200)
+    for i in range(100):
+        folder = tmp_path / f"shared{i}"
+        check_shared(four_of_which_two_are_killed(folder, 0.05 * (i % 40)), folder, tmp_path / "alone")
+        shutil.rmtree(folder)
+
+
+def test_what_another_process_has_in_hand_is_taken_up_when_it_is_free(tmp_path, committed, monkeypatch, capsys):
+    "Twice it is in use, then it runs; the others did not wait for it, and it is said once."
+    ran, refused = [], [0]
+
+    def run_entry(e, entries, runs, *rest):
+        if e.experiment == "a" and refused[0] < 2:
+            refused[0] += 1
+            raise campaign.InUse("its folder is in use by another process: wait.")
+        ran.append(e.experiment)
+        write_record(runs, a_record(e))
+        return a_record(e)
+
+    monkeypatch.setattr(campaign, "run_entry", run_entry)
+    monkeypatch.setattr(campaign, "WAIT", 0.0)
+    found = run_campaign([entry("a"), entry("b"), entry("c")], tmp_path, progress=False)
+    assert ran == ["b", "c", "a"] == [r["experiment"] for r in found]
+    assert capsys.readouterr().out.count("waiting: shapes a seed 0, since its folder is in use") == 1
 
 
 # --- the dry run ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -20,14 +21,14 @@ import numpy as np
 import pytest
 import torch
 import typer
-from conftest import disk_full, files_below, generator, randomised
+from conftest import disk_full, files_below, generator, inception_stand_in, randomised
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hybridvae import bench as benches
 from hybridvae import campaign as campaigns
-from hybridvae import cli, core, custom, data, experiments, generators, report, runs, selection
+from hybridvae import cli, core, custom, data, experiments, generators, metrics, report, runs, selection
 from hybridvae.cli import app, main
 from hybridvae.core import HybridVAEError, image_draws, load_model, save_model, to_uint8, weights_hash
 from hybridvae.diffusevae import DiffuseVAE
@@ -166,6 +167,16 @@ def test_examples_name_experiments_that_there_are():
     for entries, pattern in (("shapes", "diffusevae-*"), ("shapes", "diffusevae-form1"),
                              ("cifar10", "diffusevae-form1-cpu")):
         assert selection.with_dependencies(selection.entries_of_every_size(entries), [pattern])
+
+
+def test_a_seed_after_a_name_is_that_seed_alone_with_what_it_depends_on():
+    entries = selection.entries_of_every_size("scenes")
+    chosen = selection.with_dependencies(entries, ["diffusevae-form1@3"])
+    assert {(e.experiment, e.seed) for e in chosen} == {("features", 0), ("vae", 3), ("diffusevae-form1", 3)}
+    assert {e.seed for e in selection.matching(entries, ["ddpm", "vae@1"]) if e.experiment == "ddpm"} == set(range(5))
+    for unknown in ("ddpm@9", "ddpm@x", "@1"):
+        with pytest.raises(HybridVAEError, match=f"no experiment '{unknown}'.*@1 after a name"):
+            selection.matching(entries, [unknown])
 
 
 def test_help_answers_without_torch():
@@ -624,6 +635,64 @@ def test_bench_times_what_matches(shrunk, tmp_path, monkeypatch):
     assert re.search(r"ddpm +sampler dpmpp, steps 3 +3 ", said) and "written to times-shapes.json" in said
 
 
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    "Random weights of Inception's layout that pass as the published ones; images and features are small."
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = inception_stand_in(tmp_path / metrics.INCEPTION_FILE)
+    both = metrics.InceptionNetwork.both
+    few = lambda self, images: (both(self, images)[0][:, :32], both(self, images)[1])  # 2,048 take a minute
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
+    monkeypatch.setattr(metrics.InceptionNetwork, "both", few)
+    monkeypatch.setattr(metrics.InceptionNetwork, "num_features", 32)
+    monkeypatch.setattr(metrics, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_fid_and_is_are_added_to_records_whose_weights_are_there(tiny, stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hybridvae.records.results_folder", lambda: tmp_path / "none")
+    experiments.PRESETS["shapes"]["n"] = 100  # the fewest of a score
+    words = "campaign --cpu --dataset shapes --experiment vae --runs", tmp_path / "runs"
+    command(*words)
+    path = tmp_path / "runs" / "shapes" / "vae" / "seed0.json"
+    before = json.loads(path.read_text())
+    said = command(*words, "--standard", stand_in)
+    assert "measured: shapes vae seed 0" in said and "added to 1 records" in said
+    after = json.loads(path.read_text())
+    main, old = after["evaluations"][0], before["evaluations"][0]
+    added = {name: main["metrics"].pop(name) for name in main["metrics"].keys() - old["metrics"].keys()}
+    assert main == old and after["evaluations"][1:] == before["evaluations"][1:]  # nothing else has changed
+    assert {"FID", "FID to held-out", "KID", "IS"} <= added.keys()
+    assert all(m["feature_network"] == "inception" and m["hash"] and m["drawn_again_on"] for m in added.values())
+    assert added["FID"]["reference"] == "training set, 200 images" and added["IS"]["n"] == main["n"] == 100
+    assert "added to 0 records" in command(*words, "--standard", stand_in)  # once is enough
+    assert not list(path.with_suffix("").glob("images-*"))
+    (path.with_suffix("") / "model.safetensors").rename(tmp_path / "elsewhere")
+    assert "no trained weights" in sentence(capsys, monkeypatch, *words, "--experiment ddpm --standard", stand_in)
+
+
+def test_only_the_published_weights_add_a_fid(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "INCEPTION_SHA256", "0")
+    words = "campaign --cpu --dataset shapes --runs", tmp_path, "--standard"
+    assert metrics.INCEPTION_FILE in sentence(capsys, monkeypatch, *words, stand_in)
+    assert "there is no file" in sentence(capsys, monkeypatch, *words, tmp_path / "none.pth")
+    assert "--list and --standard" in sentence(capsys, monkeypatch, *words, stand_in, "--list")
+
+
+# --- rate -----------------------------------------------------------------------------------------------------------
+
+def test_rate_writes_pictures_without_names_and_counts_choices(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "rating"
+    said = command("rate --n 6 --experiment vae --experiment ddpm --out", out)
+    assert str(out / "rate.html") in said and (out / "key.json").exists()
+    blank = (out / "choices.csv").read_text().splitlines()
+    (out / "choices-me.csv").write_text("\n".join([blank[0], "1,a,b,equal,me", "2,a,a,a,me"]))
+    said = command("rate --table --out", out)
+    assert "Rated by: me (2 pairs)" in said and "decided" in said
+    assert "--n" in sentence(capsys, monkeypatch, "rate --table --n 5 --out", out)
+
+
 # --- report ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -637,7 +706,7 @@ def clone(tmp_path, monkeypatch):
         shutil.copy(here / "nbs" / name, there / "nbs")
     monkeypatch.setattr(report, "project_root", lambda: there)
     monkeypatch.setenv("PYTHONPATH", str(there))
-    monkeypatch.setenv("HYBRIDVAE_RUNS", "")  # restored afterwards: the command sets it
+    monkeypatch.setenv("HYBRIDVAE_RUNS", str(tmp_path))  # the report leaves it aside
 
 
 def test_report_over_a_fresh_study(tiny, clone, tmp_path):
@@ -645,11 +714,15 @@ def test_report_over_a_fresh_study(tiny, clone, tmp_path):
     html = (tmp_path / "report" / "report.html").read_text()
     assert said.strip().endswith("report.html")
     text = re.sub(r"<(script|style).*?</\1>|<[^>]+>|data:image[^\"]+", " ", html, flags=re.S)
-    assert html.count("data:image/png") >= 3 and "Figure 1" in text and "Kingma" in text
+    assert "Figure 1" in text and "Kingma" in text and "Table 1" in text
+    assert "<math" in html and "$" not in text and "<script" not in html  # formulas, and all else, without a network
+    assert not re.search(r"(src|href)=.https?:", html) and html.count('id="show-code"') == 1
     assert not re.search(r"@(fig|tbl|sec)-|\[@|\{#", text)  # every reference is resolved
     record = json.loads((tmp_path / "shapes" / "diffusevae-form1" / "seed0.json").read_text())
     values = record["evaluations"][0]["metrics"]
-    assert f"{values['FD (shapes)']['value']:,.2f}" in text  # the numbers are this study's
+    results, own = text.split("Your run beside the records")[-2:]
+    number = f"{values['FD (shapes)']['value']:,.2f}"
+    assert number in own and number not in results  # the numbers of this run stand in their own section
     assert "condition_agreement" in record and not {"prior_gap", "robustness", "path_length"} & set(record)
 
 
@@ -680,6 +753,38 @@ def test_the_bibliography_is_read_whole():
     found = read_bibliography(text)
     assert len(found) == len(re.findall(r"^@", text, flags=re.M))
     assert all({"author", "title", "year"} <= set(fields) for fields in found.values())
+
+
+def test_a_page_is_printed_by_a_browser_that_is_there(tmp_path, monkeypatch):
+    page, calls = tmp_path / "report.html", []
+    page.write_text("<p>here</p>")
+
+    def run(words, **options):
+        calls.append(words)
+        target = Path(next(w for w in words if w.startswith("--print-to-pdf=")).partition("=")[2])
+        target.write_bytes(b"%PDF")
+        return subprocess.CompletedProcess(words, 0)
+    monkeypatch.setattr(report.shutil, "which", lambda name: f"/bin/{name}" if name == "google-chrome" else None)
+    monkeypatch.setattr(report.subprocess, "run", run)
+    assert report.print_pdf(page).read_bytes() == b"%PDF" and calls[0][0] == "/bin/google-chrome"
+    assert calls[0][-1] == page.as_uri()
+    monkeypatch.setattr(report.shutil, "which", lambda name: None)
+    with pytest.raises(HybridVAEError, match="Chromium or Chrome"):
+        report.print_pdf(page)
+
+
+def test_sections_are_numbered_and_references_lead_to_their_place():
+    cells = [nbformat.v4.new_markdown_cell(text) for text in (
+        "# Title", "## A {#sec-a}\n\n### B {#sec-b}\n\nsee @sec-c and @sec-b", "### B2\n\n## C {#sec-c}\n\n### D")]
+    nb = resolve_references(nbformat.v4.new_notebook(cells=cells), {})
+    text = "\n".join(cell.source for cell in nb.cells)
+    assert re.findall(r"^##+ (.*)$", text, flags=re.M) == ["1 A", "1.1 B", "1.2 B2", "2 C", "2.1 D"]
+    assert "see [Section 2](#sec-c) and [Section 1.1](#sec-b)" in text and '<a id="sec-c"></a>' in text
+
+
+def test_formulas_become_mathml_and_code_stays():
+    text = report.with_mathml("a $x_t$ b `$HOME` and $$y \\tag{3}$$\n```\n$z$\n```")
+    assert text.count("<math") == 2 and "`$HOME`" in text and "$z$" in text and "(3)" in text and "tag" not in text
 
 
 def test_report_outside_a_clone(monkeypatch, tmp_path):

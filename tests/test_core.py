@@ -352,7 +352,7 @@ def test_weights_that_grow_too_large_for_the_file_system_get_the_same_sentence(v
 def test_a_config_that_names_no_class_or_no_argument_is_refused():
     with complains("no model class 'VEA'", "VAE"):
         build_model({"model": "VEA"})
-    with complains("there is no model class ''", "VAE"):
+    with complains("cannot be built from {}", "names its class"):
         build_model({})
     with complains("the config of VAE does not fit", "widht"):
         build_model({"model": "VAE", "widht": 3})

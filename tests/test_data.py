@@ -18,8 +18,9 @@ import torch
 from conftest import complains, disk_full, files_below
 from hybridvae import core, data
 from hybridvae.core import Draws, to_float
-from hybridvae.data import (CIFAR10_CLASSES, FACTORS, SHAPE_NAMES, SHAPES_SIZES, Batches, ImageData, draw_shapes,
-                            load_celeba, load_cifar10, load_data, prepare_cifar10, shapes_factors)
+from hybridvae.data import (CIFAR10_CLASSES, FACTORS, SCENE_FACTORS, SHAPE_NAMES, SHAPES_SIZES, Batches, ImageData,
+                            draw_scenes, draw_shapes, factor_targets, load_celeba, load_cifar10, load_data,
+                            prepare_cifar10, shapes_factors)
 from torchvision.datasets import CIFAR10
 
 ARRAYS = ["test_images.npy", "test_labels.npy", "train_images.npy", "train_labels.npy"]
@@ -99,6 +100,93 @@ def test_the_ground_has_its_own_hue():
         seen, saturation, _ = colorsys.rgb_to_hsv(*corners.mean(axis=0) / 255)
         assert abs((seen - ground + 0.5) % 1 - 0.5) < 0.02 and abs(saturation - 0.4) < 0.04
 
+
+# --- scenes ---------------------------------------------------------------------------------------------------------
+
+SCENE = {name: i for i, name in enumerate(SCENE_FACTORS)}
+
+
+def scene_rows(n, **factors):
+    "Factors of n scenes, some of them set: an upright, easy object in the middle with nothing behind."
+    rows = shapes_factors(np.arange(n), SCENE_FACTORS)
+    plain = {"x": 0, "y": 0, "rotation": 0, "difficulty": 0, "behind": 1, "size": 0.4}
+    for name, value in (plain | factors).items():
+        rows[:, SCENE[name]] = value
+    return rows
+
+
+def test_scenes_are_decided_by_their_numbers_and_no_scene_is_in_both_splits(monkeypatch):
+    monkeypatch.setitem(data.SHAPES_SIZES, "train", 60)
+    monkeypatch.setitem(data.SHAPES_SIZES, "test", 30)
+    train, test = load_data("scenes"), load_data("scenes", "test")
+    np.testing.assert_array_equal(train.images[7:9], draw_scenes(shapes_factors(np.arange(7, 9), SCENE_FACTORS)))
+    assert train.label_names == tuple(SCENE_FACTORS) and train.labels.shape == (60, 15)
+    assert not {row.tobytes() for row in train.labels} & {row.tobytes() for row in test.labels}
+    assert train.mask("difficulty", (0.5, 1.0)).mean() == pytest.approx(0.5, abs=0.2)
+    with complains("'period' cannot be (2, 1)", "within 0.0 to 1.0"):
+        train.mask("period", (2, 1))
+
+
+def spectrum(image):
+    "Power of a square patch from the middle of a scene, its mean taken off: rows are frequencies from top to bottom."
+    patch = image[11:21, 11:21].mean(axis=-1).astype(float)
+    return abs(np.fft.fft2(patch - patch.mean())) ** 2
+
+
+def test_a_square_has_stripes_a_triangle_checks_and_a_cross_dots():
+    "Stripes vary along one axis only; checks along both at once; a cross's dots along each axis."
+    one_way, oblique = [], []
+    for shape in range(3):
+        power = sum(spectrum(image) for image in draw_scenes(scene_rows(60, shape=shape, direction=0, hue=0.6)))
+        one_way.append(power[0].sum() / power.sum())
+        oblique.append(power[1:, 1:].sum() / power.sum())
+    assert one_way[0] > 0.95 and oblique[1] > 0.6 and max(oblique[0], oblique[2]) < oblique[1] and one_way[2] < 0.8
+
+
+def test_the_period_grows_with_the_factor_and_with_the_hue():
+    def changes(**factors):
+        "Mean step from column to column of the brightest channel, which does not depend on the hue."
+        inside = draw_scenes(scene_rows(200, shape=0, direction=0, amplitude=0.6, **factors))[:, 10:22, 10:22]
+        return abs(np.diff(inside.max(axis=-1).astype(int), axis=2)).mean()
+
+    assert changes(hue=0.1, period=0) > changes(hue=0.1, period=0.5) > changes(hue=0.1, period=1)
+    assert changes(hue=0, period=0.5) > 1.2 * changes(hue=0.7, period=0.5)
+
+
+def test_hard_scenes_have_a_smaller_object_less_contrast_and_more_grain():
+    easy, hard = (draw_scenes(scene_rows(200, difficulty=d)).astype(float) for d in (0, 1))
+    bare = [draw_scenes(scene_rows(200, difficulty=d), texture=0.0).astype(float) for d in (0, 1)]
+    corner = np.s_[:, :3, :3]
+    grain = [(a - b)[corner].std() for a, b in zip((easy, hard), bare)]
+    assert grain[0] == pytest.approx(0.02 * 255, rel=0.1) and grain[1] == pytest.approx(0.13 * 255, rel=0.1)
+    contrast = [np.mean([np.ptp(image[16, 16]) for image in images]) for images in bare]
+    assert contrast[1] == pytest.approx(0.4 * contrast[0], rel=0.02)
+    differs = [(abs(images - images[:, :1, :1]).sum(axis=-1) > 20).mean() for images in bare]
+    assert differs[1] < 0.75 * differs[0]
+
+
+def test_one_scene_in_four_has_a_disc_behind_which_the_object_hides_in_part():
+    rows = shapes_factors(np.arange(4_000), SCENE_FACTORS)
+    assert (rows[:, SCENE["behind"]] < 0.25).mean() == pytest.approx(0.25, abs=0.02)
+    with_disc, without = (draw_scenes(scene_rows(100, shape=0, behind=b), texture=0.0) for b in (0.1, 0.9))
+    differs = (with_disc != without).any(axis=-1)
+    assert differs.any(axis=(1, 2)).all() and not differs[:, 12:20, 12:20].any()
+
+
+def test_targets_of_factors_know_a_turn_and_a_disc_that_is_not_there():
+    rows = torch.from_numpy(shapes_factors(np.arange(500), SCENE_FACTORS))
+    targets = factor_targets(rows)
+    assert list(targets) == list(SCENE_FACTORS)
+    quarter = rows.clone()
+    quarter[:, SCENE["direction"]] += 0.25  # looks alike
+    torch.testing.assert_close(factor_targets(quarter)["direction"], targets["direction"], atol=1e-4, rtol=0)
+    away = rows[:, SCENE["behind"]] >= 0.25
+    for name in ("behind", "behind_hue", "behind_place"):
+        assert (targets[name][away] == 0).all() and (targets[name][~away].norm(dim=1) - 1).abs().max() < 1e-5
+    assert list(factor_targets(torch.from_numpy(shapes_factors(np.arange(5))))) == list(FACTORS)
+
+
+# --- shapes again ---------------------------------------------------------------------------------------------------
 
 def test_the_kinds_look_different_and_larger_ones_cover_more():
     kinds = len(SHAPE_NAMES)

@@ -769,11 +769,12 @@ def test_a_model_without_a_bound_is_refused(eye):
 # --- entries --------------------------------------------------------------------------------------------------------
 
 def test_entries_of_different_names_have_different_configs_in_every_data_set():
-    assert {e.dataset for e in entries_of(stage="diffusevae")} == {"shapes", "cifar10", "celeba64", "celeba256"}
-    for dataset in ("shapes", "cifar10", "celeba64", "celeba256"):
+    names = {e.dataset for e in entries_of(stage="diffusevae")}
+    assert names == {"shapes", "scenes", "cifar10", "celeba64", "celeba256"}
+    for dataset in ("shapes", "scenes", "cifar10", "celeba64", "celeba256"):
         entries = [e for e in entries_of(dataset, "diffusevae") if e.seed == 0]
         assert len({config_hash(e.config) for e in entries}) == len({e.experiment for e in entries}) == len(entries)
-    with complains("'imagenet'", "choose from shapes, cifar10"):
+    with complains("'imagenet'", "choose from shapes, scenes, cifar10"):
         entries_of("imagenet", "diffusevae")
 
 

@@ -11,9 +11,9 @@ from conftest import complains, generator, randomised
 from hybridvae.core import Draws, build_model, count_flops, count_parameters, load_model, save_model
 from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.features import (FEATURE_WEIGHTS, Classifier, FaceEncoder, FeatureNetwork, ResidualBlock, Whitening,
-                                adjust_colour, crop, cut_out, degrade, effective_rank, factor_targets, feature_path,
-                                gaussian_blur, hue_difference, load_features, random_view, retrieval_accuracy,
-                                shipped_features, vicreg)
+                                adjust_colour, crop, cut_out, degrade, effective_rank, feature_path,
+                                gaussian_blur, hue_difference, load_features, random_view, read_targets,
+                                retrieval_accuracy, shipped_features, vicreg)
 from hybridvae.training import Average, TrainConfig, train
 
 
@@ -59,7 +59,7 @@ def test_hues_are_compared_on_the_circle():
 
 def test_the_networks_targets_say_what_the_factors_are():
     factors = torch.from_numpy(shapes_factors(np.arange(50)))
-    targets = factor_targets(factors)
+    targets = read_targets(factors)
     for column, name in ((0, 1), (2, 6)):  # hue and ground, on the circle
         angle = torch.atan2(targets[:, column + 1], targets[:, column]) / (2 * torch.pi) % 1
         torch.testing.assert_close(angle, factors[:, name], rtol=1e-4, atol=1e-5)

@@ -10,9 +10,9 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import complains, generator, randomised
+from conftest import complains, inception_stand_in, generator, randomised
 from hybridvae.core import HybridVAEError, count_flops
-from hybridvae.data import ImageData, draw_shapes, load_data, shapes_factors
+from hybridvae.data import SCENE_FACTORS, ImageData, draw_scenes, draw_shapes, factor_targets, load_data, shapes_factors
 from hybridvae.features import FeatureNetwork, gaussian_blur, load_features
 from hybridvae.metrics import (DEGRADATIONS, INCEPTION_FILE, ImageStatistics, compare, confidence, degraded,
                                density_coverage, describe, distance_floors, distance_scale, diversity, extract,
@@ -226,6 +226,13 @@ def test_images_without_texture_are_the_same_images(network):
     assert torch.equal(plain, torch.from_numpy(draw_shapes(data.labels, texture=0.0)).permute(0, 3, 1, 2))
     far = lambda x: (x.float() - data.tensor().float()).abs().mean()
     assert 0 < far(half) < far(plain) < 20
+
+
+def test_scenes_without_texture_are_drawn_again(network):
+    factors = shapes_factors(np.arange(10), SCENE_FACTORS)
+    data = ImageData("scenes", "train", draw_scenes(factors), factors)
+    (plain,) = degraded(data, "no texture", np.arange(10))
+    assert torch.equal(plain, torch.from_numpy(draw_scenes(factors, texture=0.0)).permute(0, 3, 1, 2))
 
 
 def test_smoothing_photographs_takes_texture_and_leaves_edges():
@@ -684,6 +691,15 @@ def test_the_readout_is_the_share_of_variance_that_least_squares_explains():
         assert 0.1 < 1 - left < 0.99 and found[name] == pytest.approx(1 - left, rel=1e-6), name
 
 
+def test_scenes_factors_are_read_as_their_targets():
+    factors = shapes_factors(np.arange(600), SCENE_FACTORS)
+    wanted = factor_targets(torch.from_numpy(factors))
+    code = torch.cat([wanted["direction"], wanted["behind_hue"], wanted["difficulty"], cloud(600, dim=2)], dim=1)
+    found = linear_readout(code[:400], factors[:400], code[400:], factors[400:])
+    assert list(found) == list(SCENE_FACTORS)
+    assert min(found[name] for name in ("direction", "behind_hue", "difficulty")) > 0.999 and found["period"] < 0.1
+
+
 # --- all of them ---------------------------------------------------------------------------------------------------
 
 
@@ -812,20 +828,7 @@ def test_dropped_modes_cost_recall_coverage_class_score_and_diversity_but_not_pr
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     "Random weights in the layout of the published file."
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-
-    path = tmp_path_factory.mktemp("inception") / INCEPTION_FILE
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.manual_seed(0)
-    for p in network.parameters():
-        if p.dim() == 4:
-            torch.nn.init.kaiming_normal_(p)
-    network.fc.weight.data.mul_(100)  # so that classes differ
-    torch.save(network.state_dict(), path)
-    return path
+    return inception_stand_in(tmp_path_factory.mktemp("inception") / INCEPTION_FILE)
 
 
 def test_inception_measures_what_torch_fidelity_measures(weights, monkeypatch):

@@ -4,7 +4,11 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -828,3 +832,75 @@ def test_training_alone_leaves_weights_and_no_record(tmp_path):
     assert run_entry(COARSE, ENTRIES, tmp_path, cpu=True, progress=False, train_only=True) is None
     assert (COARSE.folder(tmp_path) / "trained.json").exists() and not list(tmp_path.glob("*/*/seed*.json"))
     assert results(run(COARSE, tmp_path)) == results(run(COARSE, tmp_path / "at once"))
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+SHARED = """
+import os, sys
+from pathlib import Path
+from hybridvae import campaign, data, records, runs
+from hybridvae.entries import Entry
+
+data.SHAPES_SIZES.update(train=96, test=64)
+campaign.record_roots = list
+SIZE = {"image_size": 32, "width": 8, "multipliers": [1], "patch": 4}
+VAE = {"model": "VAE", "z_dim": 4, **SIZE}
+PAIR = {"model": "DiffuseVAE", "vae": VAE, "form": 1, "unet": SIZE | {"attention": []},
+        "diffusion": {"schedule": "cosine"}}
+TRAIN = {"kimg": 0.064, "batch_size": 8}
+MANY = {"sampler": "dpmpp", "steps": 2, "n": 110, "prior": "ex-pde"}  # four batches, the last one not full
+entries = [Entry("features", "shapes", {"model": "FeatureNetwork", "name": "tiny", "width": 4}, TRAIN),
+           Entry("vae", "shapes", VAE, TRAIN),
+           Entry("pair", "shapes", PAIR, TRAIN, depends_on={"vae": "vae"}, features="features", batch=30, n_study=20,
+                 evaluations=(MANY, MANY | {"steps": 1}), studies=("condition_agreement",))]
+if sys.argv[2:] == ["refused"]:
+    from hybridvae.core import InUse, sole_use
+    def refuse(folder):
+        raise InUse("the folder is in use by another process.")
+    runs.sole_use = refuse
+    try:
+        runs.run_entry(entries[1], entries, sys.argv[1], cpu=True, progress=False)
+    except InUse:
+        Path(sys.argv[1] + os.environ["RANK"]).touch()
+else:
+    campaign.run_campaign(entries, sys.argv[1], cpu=True, progress=False)
+"""
+
+
+def with_processes(n, folder, *words):
+    "Run `SHARED` with n processes."
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+    script = folder.with_suffix(".py")
+    script.write_text(SHARED)
+    paths = os.pathsep.join([str(Path(runs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, *launcher, str(script), str(folder), *words], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_two_processes_train_measure_and_record_as_one(tmp_path):
+    "Each draws and measures its part of the batches; the record is written once, with the same metrics."
+    said = with_processes(1, tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    pair = tmp_path / "two" / "shapes" / "pair"
+    (pair / "seed0.json").unlink()  # to be measured again
+    (pair / "seed0" / "measured.json").unlink()
+    for name in ("vae", "features"):  # to be trained again
+        shutil.rmtree(tmp_path / "two" / "shapes" / name)
+    assert said.count("recorded: ") == 3
+    assert with_processes(2, tmp_path / "two").count("recorded: ") == 3
+    one, two = (json.loads((tmp_path / run / "shapes" / "pair" / "seed0.json").read_text()) for run in ("one", "two"))
+    assert one["weights_hash"] == two["weights_hash"] and one["condition_agreement"] == two["condition_agreement"]
+    assert [e["steps"] for e in two["evaluations"]] == [2, 1]
+    for a, b in zip(one["evaluations"], two["evaluations"]):
+        assert a["metrics"].keys() == b["metrics"].keys() and len(a["metrics"]) > 5
+        for name, metric in a["metrics"].items():
+            assert b["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-3, abs=1e-6), name
+    assert not list(tmp_path.glob("two/shapes/pair/seed0/images-*"))
+
+
+def test_all_processes_of_a_run_are_told_that_its_folder_is_in_use(tmp_path):
+    with_processes(2, tmp_path / "run", "refused")
+    assert {path.name for path in tmp_path.glob("run?")} == {"run0", "run1"}

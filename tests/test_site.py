@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from layers import PICTURE, direct, floors, import_graph, svg
-from readme import readme, tour_pictures
+from readme import FOUND, PAIRS, readme, tour_pictures
+
+from hybridvae.findings import first_page
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
@@ -255,6 +257,13 @@ def test_floors_and_direct_imports_of_a_small_package(tmp_path):
 
 def test_readme_is_current():
     assert (ROOT / "README.md").read_text() == readme(), "README.md is not what nbs/index.ipynb says: run make readme"
+
+
+def test_the_first_page_says_what_the_records_say():
+    cells = json.loads((NBS / "index.ipynb").read_text())["cells"]
+    [found] = [source(cell) for cell in cells if cell["id"] == FOUND]
+    assert found == first_page(), "the index is not what the records say: run make readme"
+    assert (NBS / PAIRS).exists() and re.search(r"\d", found)
 
 
 def test_pictures_of_the_tour_on_the_home_page_are_current():

@@ -5,6 +5,7 @@ Run as a script it is the other process of its own tests: `python test_training.
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -569,6 +570,18 @@ def test_processes_whose_clocks_differ_stop_in_the_same_step(two_processes):
     ends = sorted(folder.parent.glob("two-limited-*.json"))
     assert [json.loads(end.read_text()) for end in ends] == [[False, 4], [False, 4]], said
     assert latest_checkpoint(f"{folder}-limited").name == "checkpoint-4"
+
+
+def test_what_two_processes_began_one_ends(two_processes, tmp_path):
+    "A checkpoint does not depend on the number of processes."
+    folder, said = two_processes
+    shutil.copytree(f"{folder}-limited", tmp_path / "moved")
+    moved, alone = small_vae(), small_vae()
+    result = quietly(moved, tmp_path / "moved", settings(steps=12))
+    assert result.finished and result.step == 12 and result.history[-1]["kimg"] == 12 * 8 / 1000
+    quietly(alone, tmp_path / "alone", settings(steps=12))
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(moved.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_slices_that_the_processes_cannot_share_are_refused(tmp_path, monkeypatch):

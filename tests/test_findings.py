@@ -1,0 +1,157 @@
+"""Findings follow the records: a record is changed, and the sentence changes; without one it says so."""
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from hybridvae import findings as f
+from hybridvae.findings import CLAIMS, COMPARISONS, NO_RECORD, Gap, compared, evaluations_of, findings, number
+from hybridvae.metrics import paired_family
+from hybridvae.records import all_records, load_records, results_folder
+
+DATASETS = sorted({r["dataset"] for r in load_records(results_folder())})
+
+
+def record(experiment, seed=0, fd=1.0, n=2_000, deviation=0.1, **keys):
+    "A record as short as a finding can bear."
+    metrics = {"FD (x)": {"value": fd, "deviation": deviation}, "FD (x) to training set": {"value": 9.0},
+               "high-frequency power": {"value": 0.5}}
+    main = {"sampler": "dpmpp", "steps": 20, "n": n, "nfe": 20, "metrics": metrics}
+    return {"experiment": experiment, "dataset": "toy", "seed": seed, "evaluations": [main]} | keys
+
+
+def pairs(a, b):
+    "Refiner and VAE with these distances by seed."
+    return ([record("diffusevae-form1-z", s, v) for s, v in enumerate(a)] +
+            [record("vae", s, v) for s, v in enumerate(b)])
+
+
+def test_a_changed_record_changes_the_sentence_and_its_verdict():
+    said = {}
+    for name, a in {"better": [1.0, 1.1, 1.2], "worse": [3.0, 3.1, 3.2], "same": [2.1, 1.9, 2.05]}.items():
+        finding = findings("toy", pairs(a, [2.0, 2.02, 2.1]))["refiner"]
+        said[name] = finding.verdict("FD"), finding.sentence
+    assert [verdict for verdict, _ in said.values()] == ["lower", "higher", "not told apart"]
+    assert said["better"][1].startswith("-46 % [") and said["worse"][1].startswith("+52 % [")
+    assert "within ±" in said["same"][1] and "3 trainings each" in said["same"][1] and "n = 2,000" in said["same"][1]
+
+
+def test_one_training_has_an_interval_over_images_and_is_no_claim():
+    finding = findings("toy", pairs([1.0], [2.0]))["refiner"]
+    width = 1.96 * np.hypot(0.1, 0.1)
+    assert (finding.gaps["FD"].low, finding.gaps["FD"].high) == pytest.approx((-1 - width, -1 + width))
+    assert "one training each, not a claim; intervals over images" in finding.sentence
+    assert finding.verdict() == "one training" and finding.trainings == 1
+    without = pairs([1.0], [2.0])
+    del without[0]["evaluations"][0]["metrics"]["FD (x)"]["deviation"]
+    finding = findings("toy", without)["refiner"]
+    assert "intervals" not in finding.sentence and "nan" not in finding.sentence and "[" not in finding.sentence
+
+
+def test_the_interval_is_that_of_the_paired_test_and_p_is_corrected_over_all_comparisons():
+    records = pairs([1.0, 1.4, 1.2], [2.0, 2.6, 2.1]) + [record("ddpm", s, v) for s, v in enumerate([1.2, 1.3, 1.9])]
+    found = compared(records, "toy")
+    values = lambda name: {r["seed"]: r["evaluations"][0]["metrics"]["FD (x)"]["value"] for r in records
+                           if r["experiment"] == name}
+    power = {s: 0.5 for s in range(3)}
+    a = values("diffusevae-form1-z")
+    want = paired_family({"1": (a, values("vae")), "2": (a, values("ddpm")), "3": (power, power), "4": (power, power)})
+    assert found["refiner"].gaps["FD"].p == pytest.approx(want["1"].p)
+    assert found["ddpm"].gaps["FD"].low == pytest.approx(want["2"].low)
+
+
+@pytest.mark.parametrize("change", [{"n": 500}, {"experiment": "vae-cpu"}])
+def test_unequal_n_few_images_and_two_sizes_are_not_compared(change):
+    records = [record("diffusevae-form1-z"), record(**{"experiment": "vae"} | change)]
+    assert not findings("toy", records)["refiner"].found
+    few = [record("diffusevae-form1-z", n=500), record("vae", n=500)]
+    assert findings("toy", few)["refiner"].verdict() == NO_RECORD
+
+
+def test_both_are_taken_at_the_largest_size_that_both_have():
+    records = [record("vae-cpu", fd=4.0), record("vae", fd=9.0), record("diffusevae-form1-z-cpu", fd=1.0)]
+    assert findings("toy", records)["refiner"].gaps["FD"].b == 4.0
+    assert "CPU size" in findings("toy", records)["refiner"].sentence
+
+
+def test_an_option_is_added_to_those_of_the_main_evaluation_or_taken_away():
+    r = record("ddpm")
+    main = r["evaluations"][0] | {"prior": "ex-pde"}
+    plain, ten = record("ddpm", fd=2.0)["evaluations"][0], main | {"steps": 10}
+    r["evaluations"] = [main, plain, ten]
+    assert evaluations_of([r], "ddpm", {}) == {0: main} == evaluations_of([r], "ddpm", {"prior": "ex-pde"})
+    assert evaluations_of([r], "ddpm", {"prior": None}) == {0: plain}
+    assert evaluations_of([r], "ddpm", {"steps": 10}) == {0: ten} and evaluations_of([r], "ddpm", {"steps": 5}) == {}
+
+
+def test_without_records_every_claim_says_so_and_nothing_fails():
+    found = findings("nowhere", [])
+    assert found.keys() == {c.key for c in COMPARISONS} | CLAIMS.keys()
+    # quantised weights and timings are read from files of their own
+    assert all(x.sentence.startswith("No record yet on nowhere") and not x.found for x in found.values())
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_finding_of_the_committed_records_opens_with_its_number_and_says_what_stands_behind(dataset):
+    for x in findings(dataset).values():
+        if x.found:
+            assert re.match(r"[-+]?\d", x.sentence), x
+            assert x.sentence.endswith(".") and "nan" not in x.sentence and "None" not in x.sentence
+        else:
+            assert x.sentence.startswith("No record yet")
+        for gap in x.gaps.values():
+            told = "lower" if gap.high < 0 else "higher" if gap.low > 0 else "not told apart"
+            assert gap.verdict in ("one training", "not told apart", told)
+
+
+@pytest.mark.parametrize("key", ["nearest", "ratio", "detail"])
+def test_single_claims_follow_their_record_too(key):
+    one, two = (findings("toy", pairs([a], [4.0]))[key].sentence for a in (1.0, 2.0))
+    assert one != two or key == "detail"
+    if key == "ratio":
+        assert one.startswith("4.00 times") and two.startswith("2.00 times")
+
+
+def test_agreement_and_noise_of_few_images():
+    answer = {"n": 250, "both": 0.9, "shuffled": {"both": 0.1}}
+    noisy = {"n": 2_000, "levels": [0.0, 0.2], "noise on x̂": [2.0, 5.0], "noise on z": [2.0, 2.0]}
+    records = [record("diffusevae-form1-z", condition_agreement=answer, robustness=noisy)]
+    assert findings("toy", records)["agreement"].sentence.startswith("90 % of the refinements keep shape and hue")
+    assert findings("toy", records)["noise"].sentence.startswith("2.50 times the distance")
+    records[0]["robustness"] = noisy | {"n": 250}
+    assert not findings("toy", records)["noise"].found  # no distance of fewer than a thousand images
+
+
+def test_the_order_counts_the_pairs_that_are_told_apart():
+    names = ("diffusevae-form1", "diffusevae-form1-z", "diffusevae-form2")
+    records = [record(name, s, k + s / 100) for k, name in enumerate(names, 1) for s in range(3)]
+    records += [record("vae", s, 9.0) for s in range(3)]
+    said = findings("toy", records)["order"].sentence
+    assert said.startswith("3 of 3 pairs") and re.search(r"form 1 \(.*< form 1 \+ z \(.*< form 2 \(.*< VAE", said)
+
+
+def test_tables_name_the_command_that_measures_fid_and_what_is_not_recorded():
+    table = f.replication_table()
+    assert table.shape == (5, 9) and table["cifar10", "FID, report"]["VAE"] == "147.13"
+    cells = set(table.xs("FID, here", axis=1, level=1).to_numpy().ravel())
+    assert cells <= {f.STANDARD, NO_RECORD} | {c for c in cells if "n = " in c}
+    assert list(f.replication_table(score=True).columns.get_level_values(0).unique()) == ["cifar10"]
+    assert set(f.provenance_table("celeba64")["experiment"]) == {
+        r["experiment"] for r in all_records("celeba64")}
+
+
+def test_pictures_are_drawn_where_there_are_records():
+    for dataset in DATASETS:
+        figure = f.show_pairs(dataset)
+        assert (figure is None) == (f.pairs_record(dataset) is None)
+    assert f.show_pairs("nowhere") is None and f.show_gaps("nowhere") is None
+    plt.close("all")
+
+
+@pytest.mark.parametrize("value, want", [(0.627, "0.63"), (20.03, "20.0"), (1204.4, "1,204"), (-7.5, "-7.50")])
+def test_numbers_have_about_three_figures(value, want):
+    assert number(value) == want
+
+
+def test_a_gap_of_a_negative_reference_keeps_its_sign():
+    assert str(Gap("KID (x)", 0.5, -1.0, 1.0, 2.0, 1)).startswith("+150 % [+100, +200]")
