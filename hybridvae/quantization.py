@@ -118,7 +118,7 @@ class Int8Layer(PackedLayer):
         half = torch.is_autocast_enabled(x.device.type)
         q = to_bytes(x, self.scale, self.zero)
         if self.packed is not None and x.device.type == "cpu":
-            return torch.ops.hybridvae.int8_layer(q, self.number, half)
+            return getattr(torch.ops.hybridvae, _OPERATOR)(q, self.number, half)
         weight = self.weight * self.weight_scale.reshape(-1, *[1] * (self.weight.ndim - 1))
         return self.in_float(self.scale * (q.float() - self.zero), weight)
 
@@ -177,17 +177,23 @@ class Int8Linear(Int8Layer):
         return q.new_empty((len(q), len(self.bias)), dtype=dtype)
 
 # %% ../nbs/05a_quantization.ipynb #44fc20e2
-torch.library.define("hybridvae::int8_layer", "(Tensor q, int number, bool half) -> Tensor")
+_LIBRARY = torch.library.Library("hybridvae", "FRAGMENT")  # whoever runs this again gets a new one
+# another operator in the notebook, which may run in a process that has the package's
+_OPERATOR = "int8_layer" if __name__ == "hybridvae.quantization" else "int8_layer_of_notebook"
+_LIBRARY.define(f"{_OPERATOR}(Tensor q, int number, bool half) -> Tensor")
 
 
-@torch.library.impl("hybridvae::int8_layer", "CPU")
 def _int8_layer(q: torch.Tensor, number: int, half: bool) -> torch.Tensor:
     return _LAYERS[number].in_int8(q, torch.bfloat16 if half else torch.float32)
 
 
-@torch.library.register_fake("hybridvae::int8_layer")
 def _int8_layer_like(q: torch.Tensor, number: int, half: bool) -> torch.Tensor:
     return _LAYERS[number].like(q, torch.bfloat16 if half else torch.float32)
+
+
+_LIBRARY.impl(_OPERATOR, _int8_layer, "CPU")
+torch.library.register_fake(f"hybridvae::{_OPERATOR}", _int8_layer_like, lib=_LIBRARY)
+
 
 # %% ../nbs/05a_quantization.ipynb #4b8feb1c
 def int8_state(layer: nn.Module, scale: float, zero: int) -> dict[str, torch.Tensor]:
