@@ -3,6 +3,7 @@
 Each check is itself tried on a notebook with that one fault planted (`FAULTS`), so that none can pass by accident.
 """
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -212,6 +213,18 @@ def map_rows(nb):
 
 def default_exp(nb):
     return next((f"hybridvae.{d['default_exp']}" for d in map(directives, cells(nb, "code")) if "default_exp" in d), "")
+
+
+def test_every_name_in_the_glossary_is_one_of_the_packages():
+    text = "".join(map(source, json.loads((NBS / "00_glossary.ipynb").read_text())["cells"]))
+    modules = {path.stem for path in (ROOT / "hybridvae").glob("*.py")}
+    names = {name for name in re.findall(r"`(\w+\.[\w.]+)`", text) if name.split(".")[0] in modules}
+    for module, *attributes in (name.split(".") for name in names):
+        found = importlib.import_module(f"hybridvae.{module}")
+        for attribute in attributes:
+            assert hasattr(found, attribute), f"{module} has no {'.'.join(attributes)}"
+            found = getattr(found, attribute)
+    assert len(names) > 30
 
 
 def test_map_of_notebooks():
