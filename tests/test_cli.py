@@ -814,7 +814,7 @@ def place(tmp_path, weights, photos, cache, monkeypatch):
 
 
 MISTAKES = [
-    ("data imagenet", r"'imagenet'.*choose from shapes, cifar10"),
+    ("data imagenet", r"'imagenet'.*choose from shapes, scenes, cifar10"),
     ("data folder --source photos", "--name"),
     ("data folder --source nowhere --name flowers", "nowhere"),
     ("data folder --source photos --name flowers --image-size 33", "33"),
@@ -823,7 +823,7 @@ MISTAKES = [
     ("data flowers --source photos", "folder"),
     ("data celeba64 --image-size 64", "--image-size"),
     ("data celeba64 --source photos", "img_align_celeba"),
-    ("run --dataset imagenet --experiment vae", r"'imagenet'.*choose from shapes, cifar10"),
+    ("run --dataset imagenet --experiment vae", r"'imagenet'.*choose from shapes, scenes, cifar10"),
     ("run --experiment gan", r"'gan'.*choose from .*ddpm"),
     ("run --experiment vae --seed 7", "seed 7"),
     ("run --experiment vae --runs file", "file"),

@@ -733,7 +733,7 @@ def test_unknown_names_are_answered_with_those_that_exist(album, root):
     np.save(root / "half" / "train_images.npy", np.zeros((2, 32, 32, 3), np.uint8))
     assert prepared_names() == ["album", "zoo"]
     for name in ("albums", "half", "../cache/album", ""):
-        with complains(repr(name), "shapes, cifar10, celeba64, celeba256, album, zoo"):
+        with complains(repr(name), "shapes, scenes, cifar10, celeba64, celeba256, album, zoo"):
             load_data(name)
     with complains("no split 'dev'"):
         load_data("album", "dev")

@@ -108,7 +108,7 @@ def test_the_strategies_that_are_evaluated_are_those_of_the_study():
 
 
 def test_unknown_data_sets_and_stages_are_refused():
-    with complains("'imagenet'", "choose from shapes, cifar10"):
+    with complains("'imagenet'", "choose from shapes, scenes, cifar10"):
         entries_of("imagenet")
     with complains("'gan'", "diffusevae", "latent"):
         entries_of("shapes", "gan")
