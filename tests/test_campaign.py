@@ -376,7 +376,9 @@ SAME_WORK = ("joint-none", "joint-1", "joint-100", "diffusevae-form2-z")  # as j
 ON_CIFAR10 = ("joint-b8-vae", "joint-b8-two-stage", "flow-form1", "adaptive-control", "diffusevae-form2-noconcat")
 
 
-@pytest.mark.parametrize("data", [*campaign.DATASETS, "celeba64-cpu", "cifar10-full", TRIALS])
+@pytest.mark.parametrize("data", [
+    "cifar10", "celeba64-cpu", "cifar10-full", TRIALS,  # the same code at other sizes takes minutes
+    *(pytest.param(name, marks=pytest.mark.slow) for name in campaign.DATASETS if name != "cifar10")])
 def test_every_experiment_comes_through_a_dry_run_that_is_stopped_once(data, tmp_path, monkeypatch, float32):
     "Of the other seeds, which do the same work, one pair; in float32, which is faster for numbers so small."
     entries = [e for e in queue(data) if e.seed == 0 and e.experiment.removesuffix("-cpu") not in SAME_WORK
