@@ -11,6 +11,7 @@ __all__ = ['SHAPE_NAMES', 'FACTORS', 'SHAPES_SIZES', 'SCENE_FACTORS', 'TURNS', '
 
 # %% ../nbs/00b_data.ipynb #cell-002
 #| code-fold: true
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -387,14 +388,22 @@ def prepare_cifar10(root: Path | None = None, download: bool = True) -> Path:
     return folder
 
 # %% ../nbs/00b_data.ipynb #a0e7aff1
+@contextlib.contextmanager
 def _workspace(folder: Path):
-    "A temporary folder beside the cache, on the same disk, removed whatever happens."
+    "A temporary folder beside the cache, on the same disk, removed whatever happens; so is `folder` if it is new and empty."
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=folder, prefix=".download-")
+        workspace = tempfile.TemporaryDirectory(dir=folder, prefix=".download-")
     except OSError as error:
         raise HybridVAEError(f"{folder} cannot be used for data ({error.strerror}): set HYBRIDVAE_DATA to a folder "
                              "that can be written.") from error
+    try:
+        with workspace as tmp:
+            yield tmp
+    finally:
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _no_download(title: str, folder: Path, remedy: str, error: Exception) -> HybridVAEError:

@@ -42,11 +42,12 @@ _PAPER_VAE = {"z_dim": 512, "width": 64, "patch": 2, "sigma": 2**0.5}
 _PAPER_TRAINING = {"batch_size": 128, "lr_decay": "constant", "warmup_kimg": 640, "ema_kimg": 887, "flip": True}
 
 # %% ../nbs/80_experiments.ipynb #873dfbf9
+_DRAWN_UNET = {"image_size": 32, "width": 32, "multipliers": [1, 2, 2], "attention": [4], "patch": 2}  # 0.84M
+_DRAWN_VAE = {"image_size": 32, "z_dim": 12, "width": 24, "multipliers": [1, 2, 4], "patch": 2}
 PRESETS: dict[str, dict] = {
     "shapes": {
         "features": {"model": "FeatureNetwork", "name": "shapes", "classes": 3, "factors": True},
-        "vae": {"image_size": 32, "z_dim": 12, "width": 24, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.5},
-        "unet": {"image_size": 32, "width": 32, "multipliers": [1, 2, 2], "attention": [4], "patch": 2},
+        "vae": {**_DRAWN_VAE, "sigma": 0.5}, "unet": _DRAWN_UNET,
         "diffusion": _COSINE,
         "train_features": {"kimg": 120, "batch_size": 64, "lr": 2e-3},
         "train_vae": {"kimg": 80, "batch_size": 64, "lr": 2e-3},
@@ -57,8 +58,7 @@ PRESETS: dict[str, dict] = {
     },
     "scenes": {
         "features": {"model": "FeatureNetwork", "name": "scenes", "classes": 3, "factors": 15},
-        "vae": {"image_size": 32, "z_dim": 12, "width": 24, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.18},
-        "unet": {"image_size": 32, "width": 32, "multipliers": [1, 2, 2], "attention": [4], "patch": 2},
+        "vae": {**_DRAWN_VAE, "sigma": 0.18}, "unet": _DRAWN_UNET,
         "diffusion": _X0,
         "train_features": {"kimg": 300, "batch_size": 64, "lr": 2e-3},
         "train_vae": {"kimg": 200, "batch_size": 32, "lr": 2e-3},

@@ -5,6 +5,7 @@ The inputs are the same in every run. A failure is shown as small as possible, w
 import json
 import math
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -160,13 +161,11 @@ def test_an_array_whose_header_promises_more_than_the_file_has_is_refused(folder
     path = folder / "promise.npy"
     np.save(path, np.zeros((2, 8, 8, 3), np.uint8))
     content = path.read_bytes()
-    path.write_bytes(content.replace(b"(2, 8, 8, 3), }        ", b"(2000000000, 8, 8, 3), }"[:23]))
     size = struct.unpack("<H", content[8:10])[0]
     header = "{'descr': '|u1', 'fortran_order': False, 'shape': (2000000000000, 8, 8, 3), }".ljust(size - 1) + "\n"
     path.write_bytes(content[:10] + header.encode() + content[10 + size:])
     with pytest.raises(HybridVAEError, match="not a whole .npy file"):
         read_array(path, (None, 8, 8, 3))
-    import zipfile
     with zipfile.ZipFile(folder / "promise.npz", "w") as file:
         file.write(path, "arr_0.npy")
     with pytest.raises(HybridVAEError, match="promise.npz cannot be used"):
