@@ -200,7 +200,7 @@ def test_without_a_network_the_user_is_told_what_to_do(drive, tmp_path, error):
                    "check the network connection",
                    "source=", "train_images.npy and train_ids.npy"):
         prepare_celeba(64, tmp_path)
-    assert files_below(tmp_path) == ["celeba64"]
+    assert files_below(tmp_path) == []
 
 
 def test_the_package_that_downloads_is_named_where_it_is_missing(monkeypatch, tmp_path):
@@ -213,7 +213,7 @@ def test_the_package_that_downloads_is_named_where_it_is_missing(monkeypatch, tm
 def test_no_download_where_none_is_wanted(drive, tmp_path):
     with complains("CelebA could not be downloaded", "source="):
         prepare_celeba(64, tmp_path, download=False)
-    assert drive.calls == 0 and files_below(tmp_path) == ["celeba64"]
+    assert drive.calls == 0 and files_below(tmp_path) == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
@@ -222,7 +222,7 @@ def test_half_a_download_is_noticed_and_nothing_of_it_kept(drive, tmp_path, shar
     drive.files["img_align_celeba.zip"] = whole[:int(share * len(whole))]
     with complains("CelebA could not be downloaded", "corrupted"):
         prepare_celeba(64, tmp_path)
-    assert files_below(tmp_path) == ["celeba64"]
+    assert files_below(tmp_path) == []
     drive.files["img_align_celeba.zip"] = whole  # the next attempt starts afresh
     prepare_celeba(64, tmp_path)
     check(tmp_path)
@@ -232,21 +232,21 @@ def test_an_archive_that_is_none_is_named(monkeypatch, tmp_path):
     serve(monkeypatch, official() | {"img_align_celeba.zip": b"no archive"})
     with complains("CelebA could not be downloaded", "not a zip file"):
         prepare_celeba(64, tmp_path)
-    assert files_below(tmp_path) == ["celeba64"]
+    assert files_below(tmp_path) == []
 
 
 def test_a_download_that_is_interrupted_leaves_nothing(drive, tmp_path):
     drive.files["list_bbox_celeba.txt"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         prepare_celeba(64, tmp_path)
-    assert files_below(tmp_path) == ["celeba64"]
+    assert files_below(tmp_path) == []
 
 
 def test_a_disk_that_is_full_during_the_download_is_named(drive, tmp_path, monkeypatch):
     monkeypatch.setattr(zipfile.ZipFile, "extractall", disk_full)
     with complains("the disk of", tmp_path / "celeba64", "full", "set HYBRIDVAE_DATA to another folder"):
         prepare_celeba(64, tmp_path)
-    assert files_below(tmp_path) == ["celeba64"]
+    assert files_below(tmp_path) == []
 
 
 class files_no_larger_than:
@@ -304,7 +304,7 @@ def test_an_unreadable_image_in_the_archive_is_named(monkeypatch, tmp_path, dama
     serve(monkeypatch, official(images))
     with complains("2 of 12 images", "img_align_celeba/000058.jpg", words, "get the official archive again"):
         prepare_celeba(64, tmp_path)
-    assert files_below(tmp_path) == ["celeba64"]
+    assert files_below(tmp_path) == []
 
 
 def test_a_source_without_official_images_is_refused(source, tmp_path):
