@@ -359,8 +359,8 @@ def noise_answer(dataset: str) -> Answer:
                                  for level in levels} for name, own in growth.items()}).T
     at = {name: statistics.fmean(own[0.2]) for name, own in growth.items() if 0.2 in own}
     least, most = min(at, key=at.__getitem__), max(at, key=at.__getitem__)
-    return Answer(NOISE_QUESTION, f"{at[most]:.1f} times the distance with noise of 0.2 for {most}, "
-                  f"{at[least]:.1f} times for {least}.",
+    beside = f", {at[least]:.1f} times for {least}" if len(at) > 1 else ""
+    return Answer(NOISE_QUESTION, f"{at[most]:.1f} times the distance with noise of 0.2 for {most}{beside}.",
                   "Relative to each model's own distance without noise; a model that ignores x̂ is not hurt by noise "
                   "on it, so read this beside how well a refinement follows its x̂.", table)
 

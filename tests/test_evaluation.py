@@ -152,6 +152,15 @@ def test_growth_under_noise_is_relative_to_each_seeds_own_distance(written):
     made = written(record("ddpm", robustness=robustness), record("ddpm", 1, robustness=robustness | {
         "noise on x̂": [1.0, 4.0]}))
     assert growth_under_noise(made) == {"DDPM": {0.0: [1.0, 1.0], 0.2: [2.5, 4.0]}}
+    alone = evaluation.noise_answer("celeba64").sentence
+    assert alone.count("DDPM") == 1 and alone.startswith("3.2 times")
+
+
+def test_a_bound_above_that_of_uniform_noise_is_not_shown(written):
+    said = {"n": 9, "own": {"bits_per_dim": 6.5}}, {"n": 9, "own": {"bits_per_dim": 38.0}}
+    written(record("vae", likelihood=said[0]), record("ddpm", likelihood=said[1]))
+    bits = evaluation.measurements("celeba64").groupby("experiment")["bits per dimension"].max()
+    assert bits["vae"] == 6.5 and math.isnan(bits["ddpm"])
 
 
 def test_all_kinds_of_quality_are_columns_of_the_committed_records():
