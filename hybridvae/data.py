@@ -390,7 +390,7 @@ def prepare_cifar10(root: Path | None = None, download: bool = True) -> Path:
 # %% ../nbs/00b_data.ipynb #a0e7aff1
 @contextlib.contextmanager
 def _workspace(folder: Path):
-    "A temporary folder beside the cache, on the same disk, removed whatever happens; so is `folder` if it is new and empty."
+    "A temporary folder beside the cache, on the same disk, removed in any case; so is `folder` if new and empty."
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
