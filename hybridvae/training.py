@@ -10,6 +10,7 @@ __all__ = ['PRECISIONS', 'COMPILE_FROM', 'POINTS', 'CHECKPOINT_SECONDS', 'TrainC
 
 # %% ../nbs/00g_training.ipynb #cell-002
 #| code-fold: true
+import atexit
 import contextlib
 import datetime
 import dataclasses
@@ -413,6 +414,13 @@ class Processes:
         if answer[1]:
             raise answer[1]
         return answer[0]
+
+
+@atexit.register
+def _part() -> None:
+    "Ends the threads of the processes' connection: the interpreter, at its own end, now and then aborts on them."
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 # %% ../nbs/00g_training.ipynb #cell-019
 class _Log:
