@@ -963,19 +963,18 @@ def report(
     precision: Precision = "auto",
     compile_: Compile = "auto",
 ):
-    "Run the baseline study on Shapes, and write the report with it beside the records."
+    "Run the baseline study on Scenes, and write the report with it beside the records."
     from hybridvae.campaign import queue
-    from hybridvae.report import print_pdf, render_report, report_source, study_entries
+    from hybridvae.report import STUDIED, print_pdf, render_report, report_source, study_entries
     from hybridvae.records import recorded
     from hybridvae.runs import run_entry
     from hybridvae.selection import summary
 
     report_source()  # refuses to work outside a clone, before the minutes of training
-    entries = queue("shapes")
-    for entry, short in study_entries(entries):
+    for entry in study_entries():
         record = recorded(entry, runs)
-        if short.missing(record):
-            record = run_entry(short, entries, runs, cpu=cpu)
+        if entry.missing(record):
+            record = run_entry(entry, queue(STUDIED), runs, cpu=cpu)
         assert record is not None  # there is no limit of time
         print(summary(record, runs))
     print("Writing the report ...")

@@ -6,10 +6,10 @@
 __all__ = ['LEAST_IMAGES', 'DIGITS', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE', 'NORMAL', 'TEN', 'CHOSEN', 'STAGE_1',
            'STAGES_2_AND_3', 'BONUS', 'ACCELERATION', 'COMPARISONS', 'CLAIMS', 'VARIANTS', 'REPLICATION',
            'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'number', 'Gap', 'Finding', 'trained',
-           'nothing', 'Comparison', 'of_one_size', 'evaluations_of', 'metric_of', 'compared', 'claim', 'nearest',
-           'detail', 'order', 'ratio', 'replication_order', 'sampling_time', 'latent_time', 'agreement', 'uncertainty',
-           'likelihood', 'noise', 'int8', 'int8_speed', 'faces', 'findings', 'findings_table', 'replication_table',
-           'provenance_table', 'pairs_record', 'show_pairs', 'pictured', 'first_page', 'show_gaps']
+           'nothing', 'Comparison', 'of_one_size', 'evaluations_of', 'metric_of', 'gap_between', 'compared', 'claim',
+           'nearest', 'detail', 'order', 'ratio', 'replication_order', 'sampling_time', 'latent_time', 'agreement',
+           'uncertainty', 'likelihood', 'noise', 'int8', 'int8_speed', 'faces', 'findings', 'findings_table',
+           'replication_table', 'provenance_table', 'pairs_record', 'show_pairs', 'pictured', 'first_page', 'show_gaps']
 
 # %% ../nbs/90e_findings.ipynb #f1d00003
 #| code-fold: true
@@ -251,6 +251,12 @@ def _gap(name: str, one: dict, two: dict, results: dict, key: str) -> Gap:
     if len(one) == 1:
         width = 1.96 * math.hypot(*(m.get("deviation", math.nan) for e in (one, two) for m in e.values()))
     return Gap(name, a, b, a - b - width, a - b + width, len(one))
+
+
+def gap_between(records: list[dict], a: str, b: str, kind: str = "FD") -> Gap | None:
+    "The gap of two experiments in their main evaluations, over images; None where they cannot be compared."
+    found = _measured(records, Comparison("", "", (a, {}), (b, {})), kind)
+    return _gap(*found[:3], {}, "") if found else None
 
 # %% ../nbs/90e_findings.ipynb #f1d00010
 def _told(names: list[str] | None, comparison: Comparison) -> list[str]:
