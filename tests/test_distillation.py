@@ -323,7 +323,7 @@ def student_config_of(model, steps):
 
 
 def test_students_and_plain_samplers_are_measured_alike():
-    entries = {e.experiment: e for e in entries_of("shapes", "distillation") if e.seed == 0}
+    entries = {e.experiment: e for e in entries_of("scenes", "distillation") if e.seed == 0}
     for family in ("form1", "form2", "ddpm"):
         alone = [{k: v for k, v in e.items()} for e in entries[f"distill-{family}"].evaluations]
         for steps in (8, 4, 2, 1):
