@@ -225,12 +225,13 @@ Form = Annotated[int, typer.Option(
 CodeGuidance = Annotated[bool, typer.Option(
     "--z/--no-z", help="of diffusevae: give the latent code to the network, too")]
 OwnVae = Annotated[str, typer.Option(
-    help="of diffusevae: weights of its VAE, a file or a shipped name; without it one is trained first")]
+    help="of diffusevae: weights of its VAE, or of a hybrid with it, a file or a shipped name; without it one is "
+         "trained first")]
 FirstSeed = Annotated[int, typer.Option(min=0, help="of the first weights, the order of the images and the noise")]
 Folder = Annotated[Path | None, typer.Option(help="folder for all that is made; usually DATASET-MODEL")]
 TRAIN_EXAMPLES = _examples(
     "train --dataset shapes --model vae --out my-vae --cpu",
-    "train --dataset shapes --model diffusevae --form 2 --vae shapes-vae --out my-hybrid --minutes 9",
+    "train --dataset shapes --model diffusevae --form 2 --vae shapes-diffusevae --out my-hybrid --minutes 9",
     "train --dataset flowers --model diffusevae --small --kimg 20 --out flowers-small")
 
 # %% ../nbs/91_cli.ipynb #c9602fdb
@@ -343,8 +344,8 @@ Components = Annotated[int | None, typer.Option(
 First = Annotated[int, typer.Option(min=0, help="number of the first image: several machines can share a set")]
 Target = Annotated[Path, typer.Option(help="x.png or x.jpg: a grid; x.npz: an array; else a folder of PNG files")]
 SAMPLE_EXAMPLES = _examples(
-    "sample --weights shapes-diffusevae --n 64 --out samples.png",
-    "sample --weights shapes-vae --prior ex-pde --dataset shapes --n 2000 --out samples.npz",
+    "sample --weights scenes-diffusevae --n 64 --out samples.png",
+    "sample --weights shapes-diffusevae --prior ex-pde --dataset shapes --n 2000 --out samples.npz",
     "sample --weights my-hybrid/model.safetensors --components 4 --dataset shapes",
     "sample --weights runs/shapes/ddpm/seed0/model.safetensors --sampler ddim --steps 50 --out folder")
 
@@ -583,7 +584,7 @@ Inception = Annotated[Path | None, typer.Option(
     help="Inception's weights file, for FID and IS", envvar="HYBRIDVAE_INCEPTION")]
 Measured = Annotated[int | None, typer.Option(min=6, help="how many images; usually 2,000 samples, or all images")]
 EVALUATE_EXAMPLES = _examples(
-    "evaluate --weights shapes-vae --dataset shapes --n 500 --cpu",
+    "evaluate --weights shapes-diffusevae --dataset shapes --n 500 --cpu",
     "evaluate --weights model.safetensors --dataset cifar10 --n 50000 --inception WEIGHTS --json metrics.json",
     "evaluate --images samples.npz --dataset shapes")
 

@@ -41,7 +41,6 @@ from hybridvae.priors import GaussianMixture, fit_mixture
 from hybridvae.report import read_bibliography, render_report, resolve_references
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
-from hybridvae.entries import find_entry
 from hybridvae.records import record_roots, results_folder
 
 TINY_VAE = {"image_size": 32, "z_dim": 4, "width": 8, "multipliers": [1, 2], "patch": 4, "sigma": 0.1}
@@ -394,8 +393,8 @@ def test_weights_of_a_new_stage_are_opened_once_it_has_a_table(tmp_path, monkeyp
 
 
 def test_shipped_weights_have_names(tmp_path):
-    shipped = load_model(weights_folder() / "shapes-vae.safetensors")
-    assert shipped.config == generators.load_generator("shapes-vae", cpu=True).config
+    shipped = load_model(weights_folder() / "scenes-diffusevae.safetensors")
+    assert shipped.config == generators.load_generator("scenes-diffusevae", cpu=True).config
 
 
 # --- reconstruct and interpolate ------------------------------------------------------------------------------------
@@ -836,8 +835,8 @@ MISTAKES = [
     ("train --dataset shapes --model vae --kimg 0", "kimg"),
     ("train --dataset shapes --model vae --batch-size 12", "12"),
     ("train --dataset shapes --model vae --out file", "file"),
-    ("sample --weights shapes-vae --refine-steps 2", "--refine-steps.*LatentDiffuseVAE.*VAE: leave it out"),
-    ("sample --weights nothing", r"'nothing'.*shapes-adaptive, shapes-diffusevae, shapes-latent, shapes-vae\."),
+    ("sample --weights shapes-diffusevae --refine-steps 2", "--refine-steps.*LatentDiffuseVAE.*VAE: leave it out"),
+    ("sample --weights nothing", r"'nothing'.*scenes-diffusevae, shapes-adaptive, shapes-diffusevae, shapes-latent\."),
     ("sample --weights empty", "empty is a folder"),
     ("sample --weights broken.safetensors", "broken"),
     ("sample --weights features.safetensors", "no images"),
@@ -1044,7 +1043,7 @@ def test_a_code_that_says_nothing_is_named_where_it_is_trained_given_and_followe
     words = "train --dataset shapes --kimg 0.032 --batch-size 16 --cpu --out"
     dead = tmp_path / "v" / "model.safetensors"
     assert silent in command(words, tmp_path / "h", "--vae", dead)
-    assert silent not in command(words, tmp_path / "sound", "--vae shapes-vae")
+    assert silent not in command(words, tmp_path / "sound", "--vae shapes-diffusevae")
     one = without(weights["vae"], tmp_path / "one.safetensors", ("decoder.net.0.weight", ALL))
     for path in (one, weights["vae"]):
         said = command("interpolate --n 3 --cpu --weights", path, "--out", tmp_path / "i.png")
