@@ -124,6 +124,15 @@ WRONG = {
         "halves = lambda vae, a, b: vae.decode(torch.cat([vae.encode(a)[0].chunk(2, 1)[0], "
         "vae.encode(b)[0].chunk(2, 1)[1]], 1))"],
     ("04_latent_diffusion", 2): ["affordable = lambda hybrid, pixel, steps: steps", "affordable = lambda *models: 1"],
+    ("05b_distillation", 1): ["share = 0.5", "share = 2 / 3", "share = 40"],
+    ("05b_distillation", 2): [
+        "three_steps = lambda process, x1, x2, x3, *timesteps: (x1 + x2 + x3) / 3",
+        "three_steps = lambda process, x1, x2, x3, *timesteps: x3",
+        "def three_steps(process, x1, x2, x3, t, m, n, s):\n    w = second_weight(process, t, m, s)\n"
+        "    return w * x3 + (1 - w) * x1"],
+    ("05b_distillation", 3): [
+        "moved = lambda error=0.01: dict.fromkeys(('eps', 'v', 'x0'), error)",
+        "moved = lambda error=0.01: {'eps': 1 * error, 'v': 157 * error, 'x0': error}"],
 }
 
 
@@ -261,7 +270,7 @@ def faults(item, there, wrong):
 
 LESSONS = sorted({notebook for notebook, _ in WRONG})
 LATER = {"00b_data", "00g_training", "00h_features", "00h_metrics",
-         "00h_profiling", "00i_entries", "05a_quantization", "05b_distillation", "05c_pca_guidance", "06_evaluation",
+         "00h_profiling", "00i_entries", "05a_quantization", "05c_pca_guidance", "06_evaluation",
          "89_bench", "90_campaign", "91_cli"}  # their checks are bare asserts
 
 
