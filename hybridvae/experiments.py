@@ -547,6 +547,32 @@ DISTILL += (
     Row("distill-ddpm-1", "distill-ddpm-2", model={"steps": 1}, needs={"unet": "distill-ddpm-2"}, evaluate=(_in(1),)),
 )
 
+# %% ../nbs/80_experiments.ipynb #96bcdff5
+_HALF: dict = {"part": "unet", "width": 16}
+_WEIGHTS = (1.0, 1.5, 3.0)  # of guidance
+_GUIDED = tuple(MAIN | FEW | EX_PDE | {"guidance_weight": weight} for weight in _WEIGHTS)
+_DROPS: dict = {"model": "DiffuseVAE", **_PAIR, "cond_dropout": 0.2}
+_BRIEF: dict = _GO_ON | {"times_kimg": 0.15}
+_SMALL_RUN = Row("", on=SCENES_ONE, train={"part": "train", "times_kimg": 0.4}, evaluate=(MAIN | EX_PDE,),
+                 shared=_MEASURED)
+_JUDGED: dict = {"model": "AdversarialDiffuseVAE", "features": "scenes", "adversarial_weight": 0.005}
+
+DISTILL += (
+    Row("diffusevae-form1-half", model={"model": "DiffuseVAE", **_PAIR, "unet": _HALF},
+        needs={"vae": "diffusevae-form1"}, shared=_SMALL_RUN),
+    Row("distill-form1-half", model={"model": "CompressedDiffuseVAE", **_PAIR, "unet": _HALF,
+                                     "teacher": {"model": "DiffuseVAE", **_PAIR}},
+        needs={"vae": "diffusevae-form1", "teacher": "diffusevae-form1"}, shared=_SMALL_RUN),
+    Row("distill-guidance-teacher", on=SCENES_ONE, model=_DROPS, train=_BRIEF | {"times_kimg": 0.2},
+        needs=_both("diffusevae-form1"), evaluate=_GUIDED, shared=_MEASURED),
+    Row("distill-guidance", on=SCENES_ONE, model=_DROPS | {"model": "GuidedDiffuseVAE", "teacher": _DROPS},
+        train=_BRIEF, needs=_both("distill-guidance-teacher") | {"teacher": "distill-guidance-teacher"},
+        evaluate=_GUIDED, shared=_MEASURED),
+    Row("distill-form1-4-adversarial", "distill-form1-4", on=SCENES_ONE, model=_JUDGED),
+    Row("distill-form1-1-adversarial", "distill-form1-1", on=SCENES_ONE, model=_JUDGED),
+)
+
+
 # %% ../nbs/80_experiments.ipynb #55e6c93f
 TABLES = {"diffusevae": DIFFUSEVAE + TRIALS, "joint": JOINT, "adaptive": ADAPTIVE, "latent": LATENT,
           "distillation": DISTILL, "pca_guidance": PCA}  # module: its rows

@@ -385,20 +385,22 @@ def distances_after(
 
     `rms_levels`: root mean square difference from the float model's images, of 255; `changes`: see there.
     """
-    variants, real = int8_variants(model), describe(features, test.batches(200))
+    variants, real = {"fp32": model, "bf16": model, **int8_variants(model)}, describe(features, test.batches(200))
     first, rows = _drawn(model, n, seed, batch), []
     before = describe(features, first)
-    for name, variant in {"fp32": model, "bf16": model, **variants}.items():
-        if names and name not in names:
-            continue
-        images = first if name == "fp32" else _drawn(variant, n, seed, batch, half=name == "bf16")
+    for name in names or variants:
+        images = first if name == "fp32" else _drawn(variants[name], n, seed, batch, half=name == "bf16")
         after = describe(features, images)
-        metrics = compare(after, {"held-out": real}, features)
         apart = (images.float() - first.float()).square().mean().sqrt().item()
-        rows.append({"variant": name, "n": n, "seed": seed, "rms_levels": apart,
-                     "changes": {} if name == "fp32" else changes(before, after, real, draws),
-                     "metrics": {key: metric["value"] for key, metric in metrics.items()}})
+        rows.append({"variant": name, "n": n, "seed": seed, "rms_levels": apart, "metrics": _values(after, real),
+                     "changes": {} if name == "fp32" else changes(before, after, real, draws)})
     return rows
+
+# %% ../nbs/05a_quantization.ipynb #85c506ff
+def _values(images: ImageStatistics, real: ImageStatistics) -> dict[str, float]:
+    "The metrics of images against the held-out ones, by name."
+    found = compare(images, {"held-out": real}, images.network)
+    return {key: metric["value"] for key, metric in found.items()}
 
 
 # %% ../nbs/05a_quantization.ipynb #5a1f0002
