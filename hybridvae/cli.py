@@ -561,16 +561,14 @@ def quantize(
 # %% ../nbs/91_cli.ipynb #3f25802e
 def _measure_variants(weights: str, model, dataset: str, file: Path) -> None:
     "Measure, and write beside what the file holds of other weights."
-    import json
     import torch
-    from hybridvae.core import provenance, write_json
+    from hybridvae.core import change_json, provenance
     from hybridvae.generators import data_for, measuring_networks
     from hybridvae.quantization import distances_after
 
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     features = measuring_networks(dataset, "", None, torch.device("cpu"))[0]
     rows = distances_after(model, features, data_for(model, dataset, "test"))
-    write_json(file, before | {weights: {"dataset": dataset, "rows": rows, **provenance("cpu")}})
+    change_json(file, lambda before: before | {weights: {"dataset": dataset, "rows": rows, **provenance("cpu")}})
     print(f"distances of {len(rows)} variants in {file}")
 
 # %% ../nbs/91_cli.ipynb #e7fbc8f2
@@ -832,12 +830,12 @@ def _compare_int8(weights: str, batch: int, rounds: int, out: Path) -> None:
     import pandas as pd
     from hybridvae import bench as b
 
-    before = b.read_bench(out).get("int8", {})
+    b.read_bench(out)  # refuses a bad name before the minutes of measuring
     results = b.compare_int8(weights, batch, rounds, progress=sys.stderr.isatty())
     rows = pd.DataFrame(results["rows"]).set_index("name")[["fastest", "median", "processor", "error"]]
     print((rows * [1000, 1000, 1000, 1]).rename(columns=lambda c: c if c == "error" else f"{c}, ms").round(4))
     key = f"{weights}, {results['isa']}"
-    print(f"written to {b.write_bench(out, 'int8', before | {key: results})}")
+    print(f"written to {b.write_bench(out, 'int8', results, key)}")
 
 # %% ../nbs/91_cli.ipynb #5b1553ac
 def _cost_growth(rounds: int, tiny: bool, out: Path, cpu: bool) -> None:

@@ -8,8 +8,8 @@ __all__ = ['Source', 'MODELS', 'SIZES', 'RECORD_KEYS', 'INT8_SUFFIX', 'INT4', 'I
            'Draws', 'image_draws', 'randn', 'rand', 'choose', 'Recorded', 'Model', 'UnknownModel', 'model_class',
            'build_model', 'count_parameters', 'count_flops', 'to_float', 'to_uint8', 'image_grid', 'show_images',
            'save_grid', 'config_hash', 'weights_hash', 'package_folder', 'project_root', 'weights_folder',
-           'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'write_json', 'load_record',
-           'load_records', 'save_model', 'int8_weight', 'load_model', 'load', 'budget', 'exercise']
+           'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'write_json', 'change_json',
+           'load_record', 'load_records', 'save_model', 'int8_weight', 'load_model', 'load', 'budget', 'exercise']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 #| code-fold: true
@@ -559,6 +559,14 @@ def write_json(path: Path, content: dict) -> Path:
     with atomic_path(path) as tmp:
         tmp.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def change_json(path: Path, change: Callable[[dict], dict]) -> Path:
+    "Write what a change makes of a JSON file, of {} where there is none; of two at once, one waits for the other."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return write_json(path, change(before))
 
 # %% ../nbs/00a_core.ipynb #cell-033
 def load_record(path: Path) -> dict:

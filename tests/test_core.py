@@ -7,6 +7,8 @@ import os
 import resource
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,9 +16,9 @@ import torch
 from conftest import complains, disk_full, files_below
 from hybridvae import core
 from hybridvae.core import (INT4_LEAST, INT4_SUFFIX, RECORD_KEYS, Draws, HybridVAEError, Model, atomic_path, budget,
-                            build_model, config_hash, count_parameters, default_device, derive_seed, image_grid, load,
-                            load_model, load_records, project_root, provenance, record_path, save_grid, save_model,
-                            show_images, to_float, to_uint8, weights_hash, write_record)
+                            build_model, change_json, config_hash, count_parameters, default_device, derive_seed,
+                            image_grid, load, load_model, load_records, project_root, provenance, record_path,
+                            save_grid, save_model, show_images, to_float, to_uint8, weights_hash, write_record)
 from hybridvae.vae import VAE
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -530,3 +532,11 @@ def test_the_reason_for_refusing_weights_is_the_whole_one(vae, tmp_path):
         load_model(path)
     with complains("multipliers of VAE.unet is []"):
         build_model({"model": "VAE", "unet": {"multipliers": []}})
+
+
+def test_those_who_change_a_file_at_once_lose_nothing(tmp_path):
+    def add(k):
+        return change_json(tmp_path / "new" / "file.json", lambda before: time.sleep(0.01) or before | {str(k): k})
+    with ThreadPoolExecutor(8) as pool:
+        [path, *_] = pool.map(add, range(24))
+    assert json.loads(path.read_text()) == {str(k): k for k in range(24)}
