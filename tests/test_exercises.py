@@ -124,6 +124,12 @@ WRONG = {
         "halves = lambda vae, a, b: vae.decode(torch.cat([vae.encode(a)[0].chunk(2, 1)[0], "
         "vae.encode(b)[0].chunk(2, 1)[1]], 1))"],
     ("04_latent_diffusion", 2): ["affordable = lambda hybrid, pixel, steps: steps", "affordable = lambda *models: 1"],
+    ("05a_quantization", 1): [
+        "simulated = lambda weight: weight", "simulated = lambda weight: int8_weight(weight)[0].float()",
+        "simulated = lambda weight: (weight / weight.abs().max() * 127).round() * weight.abs().max() / 127"],
+    ("05a_quantization", 2): ["best_share = lambda weight, shares: 1.0", "best_share = lambda weight, shares: 0.5"],
+    ("05a_quantization", 3): ["most_sensitive = lambda model, ranges, names, x, t: names[0]",
+                              "most_sensitive = lambda model, ranges, names, x, t: names[-1]"],
     ("05b_distillation", 1): ["share = 0.5", "share = 2 / 3", "share = 40"],
     ("05b_distillation", 2): [
         "three_steps = lambda process, x1, x2, x3, *timesteps: (x1 + x2 + x3) / 3",
@@ -270,7 +276,7 @@ def faults(item, there, wrong):
 
 LESSONS = sorted({notebook for notebook, _ in WRONG})
 LATER = {"00b_data", "00g_training", "00h_features", "00h_metrics",
-         "00h_profiling", "00i_entries", "05a_quantization", "05c_pca_guidance", "06_evaluation",
+         "00h_profiling", "00i_entries", "05c_pca_guidance", "06_evaluation",
          "89_bench", "90_campaign", "91_cli"}  # their checks are bare asserts
 
 
