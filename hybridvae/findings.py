@@ -188,7 +188,7 @@ ACCELERATION = (
                ("distill-form1", {})),
     Comparison("distilled, same steps", "Is a student better than the teacher in as few steps?",
                ("distill-form1-4", {}), ("distill-form1", {"sampler": "dpmpp", "steps": 4})),
-    Comparison("pca", "What does guidance by a third of the components cost, on Shapes?", ("pca-k4", {}),
+    Comparison("pca", "What does guidance by a third of the components cost, on drawn images?", ("pca-k4", {}),
                ("pca-k12", {})),
     Comparison("pca faces", "What does guidance by a quarter of the components cost, on faces?", ("pca-k32", {}),
                ("pca-k128", {})),
@@ -520,8 +520,12 @@ def int8(records: list[dict], dataset: str) -> tuple[str, int] | None:
         return None
     before, after = rows["fp32"]["metrics"], rows["int8"]["metrics"]
     kinds = [name for name in before if name.partition(" (")[0] in ("FD", "texture distance") and " to " not in name]
-    shown = " and ".join(f"{100 * (after[name] / before[name] - 1):+.1f} % in {name}" for name in kinds)
-    return f"{shown}, n = {rows['int8']['n']:,}, one set of weights, not a claim.", 1
+    within = rows["int8"].get("changes", {})
+    shown = " and ".join(f"{100 * (after[name] / before[name] - 1):+.1f} %" +
+                         (f" [{100 * within[name][0]:+.1f}, {100 * within[name][1]:+.1f}]" if name in within else "") +
+                         f" in {name}" for name in kinds)
+    over = "; intervals over pairs of images" if within else ""
+    return f"{shown}, n = {rows['int8']['n']:,}, one set of weights, not a claim{over}.", 1
 
 
 @claim("int8 speed", "Is int8 faster?", "timings of a U-Net in int8")
