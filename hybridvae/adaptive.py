@@ -8,9 +8,9 @@ __all__ = ['CoarseScore', 'UNCERTAINTIES', 'STRATEGIES', 'CHOSEN_ON', 'Uncertain
            'StrengthInputs', 'StrengthDenoiser', 'StrengthTraining', 'last_steps', 'refine_in_groups',
            'StrengthRefinement', 'check_ranges', 'prior_quantiles', 'StrengthMeasures', 'AdaptationOptions',
            'AdaptiveDiffuseVAE', 'ConditionMap', 'ConditionFlow', 'values_and_errors', 'means_by_tenth',
-           'uncertainty_study', 'unchosen', 'heldout_terms', 'sample_distances', 'priors_study', 'refine_batches',
-           'precision_by_quarter', 'refinements_apart', 'strategy_answer', 'adaptive_study', 'distance_with_noise',
-           'noise_study', 'draw_most_certain', 'truncation_study']
+           'uncertainty_study', 'unchosen', 'heldout_terms', 'sample_distances', 'adaptation_of', 'priors_study',
+           'refine_batches', 'precision_by_quarter', 'refinements_apart', 'strategy_answer', 'adaptive_study',
+           'distance_with_noise', 'noise_study', 'draw_most_certain', 'truncation_study']
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-002
 #| code-fold: true
@@ -599,6 +599,12 @@ def sample_distances(model, prior, m: Material, n: int) -> dict[str, float]:
     distance = lambda statistics: frechet_distance(statistics.features, m.heldout.features)
     return {"x̂": distance(coarse), "refined": distance(refined)}
 
+
+def adaptation_of(model, options: dict, m: Material) -> Adaptation | None:
+    "The adaptation of a strategy, by ranks among draws of the prior of the study."
+    own = {"prior": m.codes} if m.codes else {}
+    return model.sampling_options(options | own, m.train, m.seed).get("adaptation")
+
 # %% ../nbs/03_adaptive_conditioning.ipynb #cell-037
 @study
 def priors_study(model, m: Material) -> dict:
@@ -658,13 +664,14 @@ def strategy_answer(model, m: Material, x_hat: torch.Tensor, z: torch.Tensor, cy
 # %% ../nbs/03_adaptive_conditioning.ipynb #44e49fd0
 @study
 def adaptive_study(model, m: Material) -> dict:
-    """The same coarse images, from the VAE's own prior, refined by each of `STRATEGIES`.
+    """The same coarse images, decoded from drawn codes, refined by each of `STRATEGIES`.
 
     Precision in each quarter of the uncertainty "cycle", and of each other uncertainty at full strength; how far three
     refinements of one x̂ lie apart, over the distance between those of different ones (0: x̂ decides all); mean squared
     distance of a refinement from its x̂; on Shapes how often shape and hue are those of x̂.
     """
-    z = torch.cat([model.vae.prior.sample(k, source).to(model.device) for k, source in m.parts(4 * m.n)])
+    prior = m.prior(model)
+    z = torch.cat([prior.sample(k, source).to(model.device) for k, source in m.parts(4 * m.n)])
     x_hat = torch.cat([model.vae.decode(part) for part in z.split(m.batch)])
 
     def values(name: str) -> torch.Tensor:
@@ -673,7 +680,7 @@ def adaptive_study(model, m: Material) -> dict:
     answer: dict = {"n": len(z), "uncertainties": {}}
     cycle = values("cycle")
     for name, options in STRATEGIES.items():
-        adaptation = model.sampling_options(options, m.train, m.seed).get("adaptation")
+        adaptation = adaptation_of(model, options, m)
         answer[name], features = strategy_answer(model, m, x_hat, z, cycle, adaptation)
         if not options:
             answer["uncertainties"] = {key: precision_by_quarter(values(key), features, m) for key in UNCERTAINTIES}
@@ -685,8 +692,9 @@ def distance_with_noise(model, m: Material, adaptation: Adaptation | None = None
     "Distance to the held-out images of refinements whose x̂ or z got noise of this standard deviation."
     statistics = ImageStatistics(m.features)
     with_noise = lambda value, level, source: value + level * randn(value.shape, source).to(value.device)
+    prior = m.prior(model)
     for (k, drawn), (_, noise) in zip(m.parts(4 * m.n), m.parts(4 * m.n, other=1)):
-        z = model.vae.prior.sample(k, drawn).to(model.device)
+        z = prior.sample(k, drawn).to(model.device)
         z = with_noise(z, on_z, noise) if on_z else z
         x_hat = model.vae.decode(z)
         x_hat = with_noise(x_hat, on_x_hat, noise) if on_x_hat else x_hat
@@ -702,13 +710,12 @@ def noise_study(model, m: Material) -> dict:
     "adaptive": no conditioning on x̂ that "cycle" ranks above three quarters of the prior's draws without noise.
     """
     levels = ROBUSTNESS_LEVELS[::2]
-    options = model.sampling_options(STRATEGIES["adaptive strength"], m.train, m.seed)
+    adaptive = adaptation_of(model, STRATEGIES["adaptive strength"], m)
     distances = lambda make, adaptation=None: [distance_with_noise(model, m, adaptation, **make(s)) for s in levels]
     on_x_hat, on_z = (lambda s: {"on_x_hat": s}), (lambda s: {"on_z": s})
     # `refine` then adds noise that is as large, beside x̂, as that which is added here otherwise
     shares = [s / math.sqrt(1 + s**2) for s in levels]
     given = [distance_with_noise(model, m, Adaptation(strength=(s, s))) for s in shares]
-    adaptive = options["adaptation"]
     return {"n": 4 * m.n, "levels": list(levels),
             "on x̂": {"level withheld": distances(on_x_hat), "level given": given,
                      "adaptive": distances(on_x_hat, adaptive)},
@@ -716,12 +723,13 @@ def noise_study(model, m: Material) -> dict:
 
 # %% ../nbs/03_adaptive_conditioning.ipynb #8b166ee5
 def draw_most_certain(model, m: Material, share: float, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "n coarse images and their codes from the VAE's own prior, of the most certain share by \"cycle\"."
-    ranks, first = model.adaptation("cycle"), 0
+    "n coarse images and their drawn codes, of the most certain share by \"cycle\"."
+    prior, first = m.prior(model), 0
+    ranks = model.adaptation("cycle", prior=prior)
     images: list[torch.Tensor] = []
     codes: list[torch.Tensor] = []
     while sum(len(part) for part in codes) < n:
-        z = model.vae.prior.sample(m.batch, image_draws(m.seed, first, first + m.batch)).to(model.device)
+        z = prior.sample(m.batch, image_draws(m.seed, first, first + m.batch)).to(model.device)
         x_hat = model.vae.decode(z)
         certain = ranks.rank(x_hat, z) <= share
         images.append(x_hat[certain])

@@ -421,7 +421,8 @@ class DiffusersVAE(Model):
 @study
 def condition_agreement_study(model: DiffuseVAE, m: Material) -> dict:
     "How often refinements follow their coarse images, see `condition_agreement`."
-    pairs = [model.sample_pairs(k, generator=draws, steps=m.steps) for k, draws in m.parts()]
+    prior = m.prior(model)
+    pairs = [model.sample_pairs(k, prior=prior, generator=draws, steps=m.steps) for k, draws in m.parts()]
     x_hat, refined = map(torch.cat, zip(*pairs))
     return condition_agreement(x_hat, refined, cast(FeatureModel, m.features))
 
@@ -456,11 +457,12 @@ ROBUSTNESS_LEVELS = (0.0, 0.1, 0.2, 0.4, 0.8)  # standard deviation of the noise
 def robustness_study(model: DiffuseVAE, m: Material) -> dict:
     "Distance to the held-out images as a function of noise added to x̂ (range [-1, 1]) and to z (of order 1)."
     distances: dict[str, list[float]] = {"x̂": [], "z": []}
+    prior = m.prior(model)
     for where, values in distances.items():
         for level in ROBUSTNESS_LEVELS:
             images = ImageStatistics(m.features)
             for (k, draws), (_, other) in zip(m.parts(), m.parts(other=1)):  # z and the sampler's noise stay the same
-                z = model.vae.prior.sample(k, draws).to(model.device)
+                z = prior.sample(k, draws).to(model.device)
                 z = _with_noise(z, level, other) if where == "z" else z
                 x_hat = model.vae.decode(z)
                 x_hat = _with_noise(x_hat, level, other) if where == "x̂" else x_hat

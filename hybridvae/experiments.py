@@ -63,7 +63,7 @@ PRESETS: dict[str, dict] = {
         "train_features": {"kimg": 300, "batch_size": 64, "lr": 2e-3},
         "train_vae": {"kimg": 200, "batch_size": 32, "lr": 2e-3},
         "train": {"kimg": 150, "batch_size": 16, "lr": 1e-3},
-        "prior": "ex-pde", "n": 2_000, "n_curve": 1_000, "n_study": 1_000, "most_steps": 50,
+        "prior": "ex-pde", "study_prior": "ex-pde", "n": 2_000, "n_curve": 1_000, "n_study": 1_000, "most_steps": 50,
         "batch": 250, "parameters": 0.84e6,
     },
     "cifar10": {
@@ -654,7 +654,7 @@ def entry_of(row: Row, name: str, seed: int = 0) -> Entry:
     options = {"features": row.features, "steps_study": row.steps_study,
                **{key: _number(getattr(row, key), preset) for key in ("n_study", "batch", "parameters")}}
     model, train = in_place(row.model, preset), in_place(row.train, preset)
-    return Entry(row.name, name.partition("-")[0], model, train or None, seed,
+    return Entry(row.name, name.partition("-")[0], model, train or None, seed, prior_study=preset.get("study_prior"),
                  depends_on=dict(row.needs or {}), half=within(row.half), evaluations=_evaluations(row, name, seed),
                  studies=tuple(study for study, scope in (row.studies or {}).items() if within(scope)),
                  **{key: value for key, value in options.items() if value is not None})

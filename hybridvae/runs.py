@@ -29,6 +29,7 @@ from .data import Batches, ImageData, data_root, load_data
 from .entries import Entry, find_entry, options_of, studied_with
 from .features import FEATURE_WEIGHTS, FeatureModel, is_feature_network, load_features, shipped_features
 from .metrics import (ImageStatistics, compare, describe, distance_floors, distance_scale, load_inception)
+from .priors import Prior
 from .records import outdated, read_json, recorded
 from .training import (COMPILE_FROM, Processes, TrainConfig, TrainResult, autocast, check_same_run,
                                 choose_compile, choose_precision, compile_networks, eager, peak_memory, train)
@@ -138,6 +139,11 @@ class Material:
     batch: int = 250  # images at a time
     seed: int = 0  # of what is drawn
     steps: int = 20  # network evaluations of a sample
+    codes: str | None = None  # prior that codes are drawn from; None: the model's own
+
+    def prior(self, model) -> Prior:
+        "The prior of codes, fitted to those of the training images where it is named."
+        return model.sampling_options({"prior": self.codes}, self.train)["prior"] if self.codes else model.vae.prior
 
     def parts(self, n: int | None = None, other: int = 0) -> list[tuple[int, Draws]]:
         "n images (as above unless given) in batches: how many, and their source of noise; `other` names other noise."
@@ -369,7 +375,7 @@ class _Progress:
         known = read_json(self.path, "evaluations", *self.keys) if self.path.exists() else recorded(entry, runs)
         if known and {key: known[key] for key in self.keys} == self.keys:
             self.evaluations = [e for e in known["evaluations"] if not outdated({"evaluations": [e]})]
-            same = lambda name: studied_with({"dataset": entry.dataset, **known}, name) == entry.studied
+            same = lambda name: studied_with({"dataset": entry.dataset, **known}, name) == entry.studied(name)
             self.studies = {name: known[name] for name in entry.studies if name in known and same(name)}
 
     def images_of(self, evaluation: dict) -> Path:
@@ -391,7 +397,7 @@ class _Progress:
     @property
     def answers(self) -> dict:
         "The studies that are done, and what they were measured with."
-        return {"studied": dict.fromkeys(self.studies, self.entry.studied), **self.studies}
+        return {"studied": {name: self.entry.studied(name) for name in self.studies}, **self.studies}
 
     def save(self) -> None:
         if self.writes:  # of processes that share a run the first alone
@@ -510,7 +516,7 @@ class _Recording(_Measuring):
         device = model.device
         with eager(), autocast(device, entry.precision):
             material = Material(*_images(*_key(entry)), networks[0], references[0]["held-out"], entry.n_study,
-                                entry.batch, steps=entry.steps_study) if networks else None
+                                entry.batch, steps=entry.steps_study, codes=entry.prior_study) if networks else None
             self.study(entry, model, material, done)
             if entry.evaluations:
                 self.pictures(entry, model)

@@ -43,7 +43,7 @@ def a_record(e, **changes):
     return {**dict.fromkeys(RECORD_KEYS, 0), "experiment": e.experiment, "dataset": e.dataset, "subset": e.subset,
             "seed": e.seed,
             "config": e.config, "config_hash": config_hash(e.config), "evaluations": list(e.evaluations),
-            "studied": dict.fromkeys(e.studies, e.studied), **dict.fromkeys(e.studies, 1), **changes}
+            "studied": {name: e.studied(name) for name in e.studies}, **dict.fromkeys(e.studies, 1), **changes}
 
 
 @pytest.fixture

@@ -593,6 +593,14 @@ def test_every_sample_of_a_study_takes_the_steps_of_its_material(eye, steps):
         asked.clear()
 
 
+@pytest.mark.parametrize("name", ["robustness", "condition_agreement"])
+def test_a_study_draws_codes_from_the_prior_that_is_named(eye, name):
+    m = quick(model(1))
+    own, fitted = (STUDIES[name](m, material(eye, codes=codes)) for codes in (None, "ex-pde"))
+    m.vae.prior = m.vae.fitted_prior("ex-pde", shapes())
+    assert own != fitted == STUDIES[name](m, material(eye))
+
+
 def test_robustness_starts_both_rows_at_the_same_distance(eye):
     answer = STUDIES["robustness"](quick(model(1, z_guidance=True)), material(eye, n=12))
     assert answer["levels"][0] == 0 and answer["noise on x̂"][0] == answer["noise on z"][0]

@@ -210,6 +210,11 @@ def test_a_study_with_another_number_of_images_or_steps_is_missing_and_done_agai
                                                                       "second, n = 9, 20 steps"]
     fewer = dataclasses.replace(HYBRID, steps_study=3, studies=("first",))
     assert fewer.missing(record) == ["first, n = 8, 3 steps"]
+    other = dataclasses.replace(HYBRID, prior_study="ex-pde", studies=("first", "robustness"))  # only one draws codes
+    measured = record | {"robustness": 1, "studied": record["studied"] | {"robustness": {"n": 8, "steps": 20}}}
+    assert other.missing(measured) == ["robustness, n = 8, 20 steps, prior ex-pde"]
+    measured["studied"]["robustness"] = other.studied("robustness")
+    assert other.missing(measured) == []
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     CALLS.clear()
     again = run(dataclasses.replace(HYBRID, n_study=9), tmp_path)
