@@ -149,7 +149,8 @@ WRONG = {
         "    return model.vae.decode(z), z"],
     ("03_adaptive_conditioning", 3): [
         "at_level = lambda x_hat, z, level: x_hat",
-        "at_level = lambda x_hat, z, level: model.refine(x_hat, z, steps=3, generator=seeded())"],
+        "at_level = lambda x_hat, z, level: model.refine(x_hat, z, steps=3, "
+        "generator=torch.Generator().manual_seed(0))"],
     ("04_latent_diffusion", 1): [
         "halves = lambda vae, a, b: vae.reconstruct(a)",
         "halves = lambda vae, a, b: vae.decode(torch.cat([vae.encode(a)[0].chunk(2, 1)[0], "
