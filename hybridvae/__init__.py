@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODEL_MODULES', 'PUBLIC_NAMES', 'VAE', 'DDPM', 'DiffuseVAE', 'JointDiffuseVAE', 'AdaptiveDiffuseVAE',
-           'LatentDiffusion', 'LatentDiffuseVAE', 'DistilledDDPM', 'DistilledDiffuseVAE', 'Int8DDPM', 'Int8DiffuseVAE',
-           'Int8JointDiffuseVAE', 'Int8AdaptiveDiffuseVAE', 'Int8LatentDiffuseVAE', 'Int8LatentDiffusion',
-           'PCADiffuseVAE', 'DiffusersVAE', 'FeatureNetwork', 'Classifier', 'FaceEncoder', 'GaussianDiffusion', 'UNet',
-           'load', 'load_model', 'save_model', 'image_draws', 'show_images', 'HybridVAEError', 'quantize', 'load_data',
-           'load_features', 'train', 'TrainConfig']
+           'LatentDiffusion', 'LatentDiffuseVAE', 'DistilledDDPM', 'DistilledDiffuseVAE', 'CompressedDiffuseVAE',
+           'GuidedDiffuseVAE', 'AdversarialDiffuseVAE', 'Int8DDPM', 'Int8DiffuseVAE', 'Int8JointDiffuseVAE',
+           'Int8AdaptiveDiffuseVAE', 'Int8LatentDiffuseVAE', 'Int8LatentDiffusion', 'PCADiffuseVAE', 'DiffusersVAE',
+           'FeatureNetwork', 'Classifier', 'FaceEncoder', 'GaussianDiffusion', 'UNet', 'load', 'load_model',
+           'save_model', 'image_draws', 'show_images', 'HybridVAEError', 'quantize', 'load_data', 'load_features',
+           'train', 'TrainConfig']
 
 # %% ../nbs/93_package.ipynb #cell-003
 #| code-fold: true
@@ -30,6 +31,9 @@ MODEL_MODULES = {  # model class: the module that defines it
     "LatentDiffuseVAE": "latent",
     "DistilledDDPM": "distillation",
     "DistilledDiffuseVAE": "distillation",
+    "CompressedDiffuseVAE": "distillation",
+    "GuidedDiffuseVAE": "distillation",
+    "AdversarialDiffuseVAE": "distillation",
     "Int8DDPM": "quantization",
     "Int8DiffuseVAE": "quantization",
     "Int8JointDiffuseVAE": "quantization",
@@ -41,6 +45,8 @@ MODEL_MODULES = {  # model class: the module that defines it
     "Classifier": "features",
     "FaceEncoder": "features",
 }
+
+# %% ../nbs/93_package.ipynb #8ea6b42e
 PUBLIC_NAMES = MODEL_MODULES | {  # name: the module that defines it
     "GaussianDiffusion": "diffusion",
     "UNet": "unet",
@@ -64,7 +70,8 @@ if TYPE_CHECKING:
     from hybridvae.data import load_data
     from hybridvae.diffusevae import DiffusersVAE, DiffuseVAE
     from hybridvae.diffusion import GaussianDiffusion
-    from hybridvae.distillation import DistilledDDPM, DistilledDiffuseVAE
+    from hybridvae.distillation import (AdversarialDiffuseVAE, CompressedDiffuseVAE, DistilledDDPM, DistilledDiffuseVAE,
+                                        GuidedDiffuseVAE)
     from hybridvae.features import Classifier, FaceEncoder, FeatureNetwork, load_features
     from hybridvae.joint import JointDiffuseVAE
     from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
@@ -78,10 +85,11 @@ if TYPE_CHECKING:
 # %% ../nbs/93_package.ipynb #cell-009
 _all_ = [  # nbdev adds them to `__all__`
     "VAE", "DDPM", "DiffuseVAE", "JointDiffuseVAE", "AdaptiveDiffuseVAE", "LatentDiffusion", "LatentDiffuseVAE",
-    "DistilledDDPM", "DistilledDiffuseVAE", "Int8DDPM", "Int8DiffuseVAE", "Int8JointDiffuseVAE",
-    "Int8AdaptiveDiffuseVAE", "Int8LatentDiffuseVAE", "Int8LatentDiffusion", "PCADiffuseVAE", "DiffusersVAE",
-    "FeatureNetwork", "Classifier", "FaceEncoder", "GaussianDiffusion", "UNet", "load", "load_model", "save_model",
-    "image_draws", "show_images", "HybridVAEError", "quantize", "load_data", "load_features", "train", "TrainConfig",
+    "DistilledDDPM", "DistilledDiffuseVAE", "CompressedDiffuseVAE", "GuidedDiffuseVAE", "AdversarialDiffuseVAE",
+    "Int8DDPM", "Int8DiffuseVAE", "Int8JointDiffuseVAE", "Int8AdaptiveDiffuseVAE", "Int8LatentDiffuseVAE",
+    "Int8LatentDiffusion", "PCADiffuseVAE", "DiffusersVAE", "FeatureNetwork", "Classifier", "FaceEncoder",
+    "GaussianDiffusion", "UNet", "load", "load_model", "save_model", "image_draws", "show_images", "HybridVAEError",
+    "quantize", "load_data", "load_features", "train", "TrainConfig",
 ]
 
 # %% ../nbs/93_package.ipynb #cell-010

@@ -249,6 +249,15 @@ DIFFUSEVAE: tuple[Row, ...] = (
     Row("diffusevae-form2-noconcat", "diffusevae-form2", on=THREE | SCENES_ONE, model={"concat": False}),
     Row("diffusevae-form1-paper", "diffusevae-form1", on=ONCE, model={"diffusion": _LINEAR}, ancestral={}),
 )
+_LOOK_AT = {**FEW, **USUAL}
+
+DIFFUSEVAE += (  # what `hybridvae report` trains: minutes of two cores
+    Row("vae-short", "vae", on=SCENES_ONE, train={"part": "train_vae", "kimg": 50}, evaluate=(ONE_SHOT | _LOOK_AT,),
+        studies={}),
+    Row("ddpm-short", "ddpm", on=SCENES_ONE, train={"part": "train", "kimg": 24}, evaluate=(MAIN | FEW,), studies={}),
+    Row("diffusevae-form1-short", "diffusevae-form1", on=SCENES_ONE, train={"part": "train", "kimg": 24},
+        needs={"vae": "vae-short"}, evaluate=(MAIN | _LOOK_AT,), studies={"condition_agreement": EVERY}),
+)
 
 # %% ../nbs/80_experiments.ipynb #ff287e51
 _PAPER_SIZE = Row("", on=FULL, evaluate=(MAIN, ANCESTRAL))
@@ -444,21 +453,21 @@ _AGREES = {"condition_agreement": EVERY}
 
 
 def _fewer(*numbers: int) -> tuple[dict, ...]:
-    "The main evaluation with so many components when sampling."
-    return tuple(MAIN | EX_PDE | {"components": k} for k in numbers)
+    "The main evaluation, of fewer images, with so many components when sampling."
+    return tuple(MAIN | FEW | EX_PDE | {"components": k} for k in numbers)
 
 
 PCA: tuple[Row, ...] = (
-    Row("pca-k12", on=SHAPES, model=_PCA | {"components": 12}, train=_GO_ON, needs=_both("diffusevae-form1-z"),
-        evaluate=(MAIN | EX_PDE, MAIN, *_fewer(1, 2, 4, 8), *(e | {"snr_from": 1.0} for e in _fewer(1, 4))),
-        studies=_AGREES, shared=_MEASURED),
-    Row("pca-k8", "pca-k12", model={"components": 8}, evaluate=(MAIN | EX_PDE, MAIN)),
+    Row("pca-k12", on=SCENES_ONE, model=_PCA | {"components": 12}, train=_GO_ON | {"times_kimg": 0.2},
+        needs=_both("diffusevae-form1-z"), studies=_AGREES, shared=_MEASURED,
+        evaluate=(MAIN | FEW | EX_PDE, *_fewer(1, 2, 4, 8), *(e | {"snr_from": 1.0} for e in _fewer(1, 4)))),
+    Row("pca-k8", "pca-k12", model={"components": 8}, evaluate=(MAIN | FEW | EX_PDE,)),
     Row("pca-k4", "pca-k8", model={"components": 4}),
     Row("pca-k2", "pca-k8", model={"components": 2}),
     Row("pca-k1", "pca-k8", model={"components": 1}),
     Row("pca-k4-high-snr", "pca-k4", model={"snr_from": 1.0}),
     Row("pca-k128", "pca-k12", on={"celeba64": 1}, model={"components": 128},
-        evaluate=(MAIN | EX_PDE, *(e | FEW for e in (MAIN | EX_PDE, *_fewer(8, 32, 64))))),
+        evaluate=(MAIN | EX_PDE, MAIN | FEW | EX_PDE, *_fewer(8, 32, 64))),
     Row("pca-k64", "pca-k128", model={"components": 64}, evaluate=(MAIN | EX_PDE,)),
     Row("pca-k32", "pca-k64", model={"components": 32}),
 )
@@ -488,9 +497,9 @@ def _in(steps: int) -> dict:
 
 
 DISTILL: tuple[Row, ...] = (
-    Row("distill-form1", on={"shapes": 3, "cifar10": 1}, model={"model": "DiffuseVAE", **_PAIR}, train={},
+    Row("distill-form1", on=SCENES_THREE | {"cifar10": 1}, model={"model": "DiffuseVAE", **_PAIR}, train={},
         needs=_both("diffusevae-form1"), evaluate=_mixed(*_ALONE), shared=_MEASURED),
-    Row("distill-form1-32", on={"shapes": 3, "cifar10": 1}, train=_RUNG, needs=_both("diffusevae-form1"), evaluate=(),
+    Row("distill-form1-32", on=SCENES_THREE | {"cifar10": 1}, train=_RUNG, needs=_both("diffusevae-form1"), evaluate=(),
         model={"model": "DistilledDiffuseVAE", **_PAIR, "diffusion": _LEARNS, "steps": 32}, shared=_MEASURED),
     Row("distill-form1-16", "distill-form1-32", model={"steps": 16}, needs=_both("distill-form1-32")),
     Row("distill-form1-8", "distill-form1-16", model={"steps": 8}, needs=_both("distill-form1-16"),
@@ -510,13 +519,13 @@ _FEWER: tuple[dict, ...] = tuple(_in(k) | FEW | {"sampler": name} for name, k in
     ("ddim", 16), ("ddim", 8), ("dpmpp", 8), ("ddim", 4), ("dpmpp", 4)))
 
 DISTILL += (
-    Row("distill-form2", "distill-form1", on=ONCE, model=_OF_TWO, needs=_both("diffusevae-form2")),
-    Row("distill-form2-32", "distill-form1-32", on=ONCE, model=_OF_TWO, needs=_both("diffusevae-form2")),
-    Row("distill-form2-16", "distill-form1-16", on=ONCE, model=_OF_TWO, needs=_both("distill-form2-32")),
-    Row("distill-form2-8", "distill-form1-8", on=ONCE, model=_OF_TWO, needs=_both("distill-form2-16")),
-    Row("distill-form2-4", "distill-form1-4", on=ONCE, model=_OF_TWO, needs=_both("distill-form2-8")),
-    Row("distill-form2-2", "distill-form1-2", on=ONCE, model=_OF_TWO, needs=_both("distill-form2-4")),
-    Row("distill-form2-1", "distill-form1-1", on=ONCE, model=_OF_TWO, needs=_both("distill-form2-2")),
+    Row("distill-form2", "distill-form1", on=SCENES_ONE, model=_OF_TWO, needs=_both("diffusevae-form2")),
+    Row("distill-form2-32", "distill-form1-32", on=SCENES_ONE, model=_OF_TWO, needs=_both("diffusevae-form2")),
+    Row("distill-form2-16", "distill-form1-16", on=SCENES_ONE, model=_OF_TWO, needs=_both("distill-form2-32")),
+    Row("distill-form2-8", "distill-form1-8", on=SCENES_ONE, model=_OF_TWO, needs=_both("distill-form2-16")),
+    Row("distill-form2-4", "distill-form1-4", on=SCENES_ONE, model=_OF_TWO, needs=_both("distill-form2-8")),
+    Row("distill-form2-2", "distill-form1-2", on=SCENES_ONE, model=_OF_TWO, needs=_both("distill-form2-4")),
+    Row("distill-form2-1", "distill-form1-1", on=SCENES_ONE, model=_OF_TWO, needs=_both("distill-form2-2")),
     Row("distill-form1-z-cpu", "distill-form1", model={"z_guidance": True}, needs=_both("diffusevae-form1-z-cpu"),
         evaluate=_mixed(*_FEWER), shared=_FACES),
     Row("distill-form1-z-8-cpu", "distill-form1-8", model={"z_guidance": True}, needs=_both("diffusevae-form1-z-cpu"),
@@ -527,8 +536,9 @@ DISTILL += (
 
 # %% ../nbs/80_experiments.ipynb #d7ce09f1
 DISTILL += (
-    Row("distill-ddpm", "ddpm", on=SHAPES, train={}, needs={"unet": "ddpm"}, evaluate=_ALONE, studies={}, half={}),
-    Row("distill-ddpm-32", on=SHAPES, train=_RUNG, needs={"unet": "ddpm"}, evaluate=(), shared=_MEASURED,
+    Row("distill-ddpm", "ddpm", on=SCENES_THREE, train={}, needs={"unet": "ddpm"}, evaluate=_ALONE, studies={},
+        half={}),
+    Row("distill-ddpm-32", on=SCENES_THREE, train=_RUNG, needs={"unet": "ddpm"}, evaluate=(), shared=_MEASURED,
         model={"model": "DistilledDDPM", "unet": {"part": "unet"}, "diffusion": _LEARNS, "steps": 32}),
     Row("distill-ddpm-16", "distill-ddpm-32", model={"steps": 16}, needs={"unet": "distill-ddpm-32"}),
     Row("distill-ddpm-8", "distill-ddpm-16", model={"steps": 8}, needs={"unet": "distill-ddpm-16"}, evaluate=(_in(8),)),
@@ -536,6 +546,32 @@ DISTILL += (
     Row("distill-ddpm-2", "distill-ddpm-4", model={"steps": 2}, needs={"unet": "distill-ddpm-4"}, evaluate=(_in(2),)),
     Row("distill-ddpm-1", "distill-ddpm-2", model={"steps": 1}, needs={"unet": "distill-ddpm-2"}, evaluate=(_in(1),)),
 )
+
+# %% ../nbs/80_experiments.ipynb #96bcdff5
+_HALF: dict = {"part": "unet", "width": 16}
+_WEIGHTS = (1.0, 1.5, 3.0)  # of guidance
+_GUIDED = tuple(MAIN | FEW | EX_PDE | {"guidance_weight": weight} for weight in _WEIGHTS)
+_DROPS: dict = {"model": "DiffuseVAE", **_PAIR, "cond_dropout": 0.2}
+_BRIEF: dict = _GO_ON | {"times_kimg": 0.15}
+_SMALL_RUN = Row("", on=SCENES_ONE, train={"part": "train", "times_kimg": 0.4}, evaluate=(MAIN | EX_PDE,),
+                 shared=_MEASURED)
+_JUDGED: dict = {"model": "AdversarialDiffuseVAE", "features": "scenes", "adversarial_weight": 0.005}
+
+DISTILL += (
+    Row("diffusevae-form1-half", model={"model": "DiffuseVAE", **_PAIR, "unet": _HALF},
+        needs={"vae": "diffusevae-form1"}, shared=_SMALL_RUN),
+    Row("distill-form1-half", model={"model": "CompressedDiffuseVAE", **_PAIR, "unet": _HALF,
+                                     "teacher": {"model": "DiffuseVAE", **_PAIR}},
+        needs={"vae": "diffusevae-form1", "teacher": "diffusevae-form1"}, shared=_SMALL_RUN),
+    Row("distill-guidance-teacher", on=SCENES_ONE, model=_DROPS, train=_BRIEF | {"times_kimg": 0.2},
+        needs=_both("diffusevae-form1"), evaluate=_GUIDED, shared=_MEASURED),
+    Row("distill-guidance", on=SCENES_ONE, model=_DROPS | {"model": "GuidedDiffuseVAE", "teacher": _DROPS},
+        train=_BRIEF, needs=_both("distill-guidance-teacher") | {"teacher": "distill-guidance-teacher"},
+        evaluate=_GUIDED, shared=_MEASURED),
+    Row("distill-form1-4-adversarial", "distill-form1-4", on=SCENES_ONE, model=_JUDGED),
+    Row("distill-form1-1-adversarial", "distill-form1-1", on=SCENES_ONE, model=_JUDGED),
+)
+
 
 # %% ../nbs/80_experiments.ipynb #55e6c93f
 TABLES = {"diffusevae": DIFFUSEVAE + TRIALS, "joint": JOINT, "adaptive": ADAPTIVE, "latent": LATENT,

@@ -6,7 +6,7 @@
 __all__ = ['FLOAT_PARTS', 'INT8_CLASSES', 'byte_range', 'to_bytes', 'has_int8_kernels', 'Int8Numbers', 'PackedLayer', 'Int8Layer',
            'ConvKernel', 'Int8Conv', 'Int8Linear', 'int8_state', 'quantizable', 'activation_ranges', 'Int8Networks',
            'Int8DDPM', 'Int8DiffuseVAE', 'Int8JointDiffuseVAE', 'Int8AdaptiveDiffuseVAE', 'Int8LatentDiffuseVAE',
-           'Int8LatentDiffusion', 'quantize', 'bytes_by_type', 'int8_variants', 'distances_after']
+           'Int8LatentDiffusion', 'quantize', 'bytes_by_type', 'int8_variants', 'changes', 'distances_after']
 
 # %% ../nbs/05a_quantization.ipynb #77e15b4a
 #| code-fold: true
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -30,7 +31,7 @@ from .data import ImageData
 from .diffusevae import DiffuseVAE
 from .joint import JointDiffuseVAE
 from .latent import LatentDiffuseVAE, LatentDiffusion
-from .metrics import compare, describe
+from .metrics import DISTANCES, ImageStatistics, compare, describe, metric_name
 from .unet import DDPM, UNetForward
 
 # %% ../nbs/05a_quantization.ipynb #5ad0acea
@@ -347,6 +348,29 @@ def int8_variants(model: Model, ranges: dict | None = None, **options) -> dict[s
     return {"fp32": model, "int8": quantize(model, ranges), **naive, "int4 storage": int4}
 
 # %% ../nbs/05a_quantization.ipynb #06ae034e
+def changes(
+    before: ImageStatistics,  # of n images
+    after: ImageStatistics,  # of n images from the same noise, in the same order
+    reference: ImageStatistics,  # of real images
+    draws: int = 200,  # of the bootstrap
+    seed: int = 0,  # of these draws
+) -> dict[str, tuple[float, float]]:
+    """95 % interval of the relative change of both distances, by a bootstrap over pairs of images (Efron 1979).
+
+    A draw takes the same images of both sets, so that what they have in common cancels. Keys as in `compare`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(len(before), (len(before),), generator=generator) for _ in range(draws)]
+    found = {}
+    for kind, (distance, part) in DISTANCES.items():
+        one, other, real = (getattr(each, part) for each in (before, after, reference))
+        differences = [distance(other[row], real) - distance(one[row], real) for row in rows]
+        low, high = np.quantile(differences, (0.025, 0.975)) / distance(one, real)
+        found[metric_name(kind, before.network)] = (float(low), float(high))
+    return found
+
+
+# %% ../nbs/05a_quantization.ipynb #b14af860
 def distances_after(
     model: Model,  # a trained generator
     features: nn.Module,  # network that measures
@@ -355,19 +379,29 @@ def distances_after(
     seed: int = 0,  # of the noise
     batch: int = 100,  # images at a time
     names: tuple = (),  # of `int8_variants` and "bf16"; all unless given
+    draws: int = 200,  # as in `changes`
 ) -> list[dict]:
-    "A row for each variant: metrics against the held-out images, and how far its images are from the float model's."
-    variants, reference = int8_variants(model), {"held-out": describe(features, test.batches(200))}
+    """A row for each variant: metrics against the held-out images, and what rounding did to images and distances.
+
+    `rms_levels`: root mean square difference from the float model's images, of 255; `changes`: see there.
+    """
+    variants, real = {"fp32": model, "bf16": model, **int8_variants(model)}, describe(features, test.batches(200))
     first, rows = _drawn(model, n, seed, batch), []
-    for name, variant in {"fp32": model, "bf16": model, **variants}.items():
-        if names and name not in names:
-            continue
-        images = first if name == "fp32" else _drawn(variant, n, seed, batch, half=name == "bf16")
-        metrics = compare(describe(features, images), reference, features)
+    before = describe(features, first)
+    for name in names or variants:
+        images = first if name == "fp32" else _drawn(variants[name], n, seed, batch, half=name == "bf16")
+        after = describe(features, images)
         apart = (images.float() - first.float()).square().mean().sqrt().item()
-        rows.append({"variant": name, "n": n, "seed": seed, "rms_levels": apart,
-                     "metrics": {key: metric["value"] for key, metric in metrics.items()}})
+        rows.append({"variant": name, "n": n, "seed": seed, "rms_levels": apart, "metrics": _values(after, real),
+                     "changes": {} if name == "fp32" else changes(before, after, real, draws)})
     return rows
+
+# %% ../nbs/05a_quantization.ipynb #85c506ff
+def _values(images: ImageStatistics, real: ImageStatistics) -> dict[str, float]:
+    "The metrics of images against the held-out ones, by name."
+    found = compare(images, {"held-out": real}, images.network)
+    return {key: metric["value"] for key, metric in found.items()}
+
 
 # %% ../nbs/05a_quantization.ipynb #5a1f0002
 def _drawn(model: Model, n: int, seed: int, batch: int, half: bool = False) -> torch.Tensor:

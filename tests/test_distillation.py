@@ -11,9 +11,10 @@ from conftest import complains, generator, randomised
 from hybridvae.cli import app
 from hybridvae.core import Draws, build_model, image_draws, load_model, save_model, weights_hash
 from hybridvae.data import ImageData, draw_shapes, load_data, shapes_factors
-from hybridvae.diffusevae import DiffuseVAE, convert_form
+from hybridvae.diffusevae import DiffuseVAE, convert_form, guide
 from hybridvae.diffusion import PREDICTIONS, GaussianDiffusion, ddim_step
-from hybridvae.distillation import STUDENTS, DistilledDDPM, TwoSteps, ladder, second_weight, student_of
+from hybridvae.distillation import (STUDENTS, AdversarialDiffuseVAE, CompressedDiffuseVAE, DistilledDDPM,
+                                    GuidedDiffuseVAE, TwoSteps, ladder, second_weight, student_of)
 from hybridvae.entries import Entry
 from hybridvae.experiments import entries_of
 from hybridvae.generators import checked_options
@@ -247,6 +248,105 @@ def test_ladders():
             ladder(start, last)
 
 
+# --- variants -------------------------------------------------------------------------------------------------------
+
+def taught(cls, teacher, **options):
+    "A student of this class with its teacher's weights, and the teacher loaded."
+    student = build_model({**teacher.config, "model": cls.__name__, "teacher": teacher.config, **options})
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    student.teacher.load_state_dict(teacher.state_dict())
+    student.keep_start()
+    return student.train()
+
+
+KINDS = pytest.mark.parametrize("kind", ["form 1, z", "form 2", "form 2, z", "form 2, no concat"])
+
+
+@KINDS
+def test_a_compressed_student_learns_what_its_teacher_predicts(kind):
+    teacher = TEACHERS[kind]()
+    student = taught(CompressedDiffuseVAE, teacher)
+    assert student.training_loss(images(), draws=Draws(0, 0))["loss"] < 1e-8  # the teacher's own weights
+    student.unet.head[-1].weight.data *= 1.1
+    loss = student.training_loss(images(), draws=Draws(0, 0))["loss"]
+    loss.backward()
+    draws, x = Draws(0, 0), images()
+    x_hat, z = student.draw_coarse(x, draws)
+    t = draws.randint(1000, len(x))
+    x_t = student.diffusion.q_sample(x, t, draws.randn(*x.shape), student.shift(x_hat))
+    error = (student.denoiser(x_hat, z)(x_t, t) - teacher.denoiser(x_hat, z)(x_t, t)).square().mean(dim=(1, 2, 3))
+    weight = student.diffusion.loss_weight(t)
+    torch.testing.assert_close(loss.item(), (weight * error).mean().item(), rtol=2e-3, atol=0)
+    assert all(p.grad is None for p in student.teacher.parameters()) and not student.teacher.training
+
+
+def test_the_teacher_of_a_smaller_student_is_in_no_file(tmp_path):
+    teacher = hybrid()
+    student = taught(CompressedDiffuseVAE, teacher)
+    assert student.state_dict().keys() == teacher.state_dict().keys()
+    small = build_model(student.config | {"unet": {**student.config["unet"], "width": 4}})
+    assert small.teacher.unet.width == 8 and small.unet.width == 4
+    again = load_model(save_model(student, tmp_path / "student.safetensors"))
+    assert type(again) is CompressedDiffuseVAE and weights_hash(again) == weights_hash(student)
+    own = {id(p) for p in student.unet.parameters()}
+    assert {id(p) for group in adamw(student, 1e-3, 0).param_groups for p in group["params"]} == own
+
+
+@KINDS
+def test_a_guided_student_begins_as_its_teacher_and_learns_its_guided_prediction(kind):
+    options = {"concat": "no concat" not in kind, "z_guidance": ", z" in kind}
+    teacher = hybrid(2 if "2" in kind else 1, cond_dropout=0.2, **options)
+    student = taught(GuidedDiffuseVAE, teacher, most=3.0)
+    draw = lambda model, **options: model.sample(2, steps=2, generator=image_draws(0, 0, 2), **options)
+    assert torch.equal(draw(student, guidance_weight=2.5), draw(teacher))  # the weight's network ends in zeros
+    x_hat, z = student.draw_coarse(images(), Draws(0, 0))
+    draws = Draws(0, 1)
+    weight = 1 + 2 * Draws(0, 1).rand(8)
+    _, guided = student.networks_at(x_hat, z, draws)
+    x_t, t = images(seed=3), torch.arange(8) * 100
+    wanted = [guide(teacher, *parts[:2], w)(*parts[2:]) for w, *parts in zip(
+        weight.tolist(), *(v.split(1) for v in (x_hat, z, x_t, t)))]
+    torch.testing.assert_close(guided(x_t, t), torch.cat(wanted), rtol=1e-4, atol=1e-5)
+    student.training_loss(images(), draws=Draws(0, 0))["loss"].backward()
+    assert student.weight_mlp[-1].weight.grad.abs().sum() > 0
+    randomised(student.weight_mlp, 0.3)
+    assert not torch.equal(draw(student, guidance_weight=2.5), draw(student, guidance_weight=1.5))
+
+
+def test_a_guided_student_takes_one_call_a_step_at_weights_that_it_was_taught():
+    student = taught(GuidedDiffuseVAE, hybrid(cond_dropout=0.2), most=3.0)
+    assert student.nfe(5, 2.0) == 5 and hybrid(cond_dropout=0.2).nfe(5, 2.0) == 10
+    for weight in (0.5, 3.5):
+        with pytest.raises(ValueError, match=f"guidance_weight is {weight:g}: choose from 1 to 3"):
+            student.sample(1, steps=1, guidance_weight=weight)
+    with pytest.raises(ValueError, match="trained without cond_dropout"):
+        taught(GuidedDiffuseVAE, hybrid()).training_loss(images(), draws=Draws(0, 0))
+
+
+def test_an_adversarial_student_and_its_discriminator_learn_apart(tmp_path):
+    teacher = randomised(DiffuseVAE(VAE | {"image_size": 32}, FLAT, COSINE))
+    plain = student_of(teacher, 2)
+    student = build_model({**plain.config, "model": "AdversarialDiffuseVAE", "features": "shapes",
+                           "adversarial_weight": 0.5})
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    for each in (plain, student):
+        each.keep_start()
+    x = torch.rand(4, 3, 32, 32, generator=generator()) * 2 - 1
+    losses = student.training_loss(x, draws=Draws(0, 0))
+    alone = plain.training_loss(x, draws=Draws(0, 0))["loss"].item()
+    total = alone + 0.5 * losses["adversarial"].item() + losses["discriminator"].item()
+    assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
+    of = lambda term, part: torch.autograd.grad(losses[term], [*part.parameters()], allow_unused=True,
+                                                retain_graph=True)
+    assert all(g is None for g in of("adversarial", student.discriminator))
+    assert sum(g.abs().sum() for g in of("adversarial", student.unet) if g is not None) > 0
+    assert all(g is None for g in of("discriminator", student.unet))
+    assert sum(g.abs().sum() for g in of("discriminator", student.discriminator)) > 0
+    again = load_model(save_model(student, tmp_path / "student.safetensors"))
+    assert type(again) is AdversarialDiffuseVAE and again.steps == 2 and again.feature_network == ()
+    assert {k.partition(".")[0] for k in again.state_dict()} == {"vae", "unet", "discriminator"}
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 SHORT = TrainConfig(kimg=0.16, batch_size=16, lr=2e-3)
@@ -299,7 +399,7 @@ def test_an_entry_starts_from_its_teachers_weights_and_is_recorded(tmp_path, mon
 
 # --- entries --------------------------------------------------------------------------------------------------------
 
-LADDERS = [e for e in entries_of(stage="distillation") if "steps" in e.model]
+LADDERS = [e for e in entries_of(stage="distillation") if e.model["model"].startswith("Distilled")]
 
 
 @pytest.mark.parametrize("entry", [e for e in LADDERS if e.seed == 0], ids=lambda e: f"{e.dataset}-{e.experiment}")
@@ -323,7 +423,7 @@ def student_config_of(model, steps):
 
 
 def test_students_and_plain_samplers_are_measured_alike():
-    entries = {e.experiment: e for e in entries_of("shapes", "distillation") if e.seed == 0}
+    entries = {e.experiment: e for e in entries_of("scenes", "distillation") if e.seed == 0}
     for family in ("form1", "form2", "ddpm"):
         alone = [{k: v for k, v in e.items()} for e in entries[f"distill-{family}"].evaluations]
         for steps in (8, 4, 2, 1):
@@ -382,5 +482,5 @@ def test_mistakes_get_a_sentence(weights, tmp_path):
         with complains(says):
             distill("--weights", weights, "--dataset", "shapes", *words, "--out", tmp_path / "x", "--cpu")
     with complains("cannot be distilled"):
-        distill("--weights", "shapes-vae", "--dataset", "shapes", "--out", tmp_path / "x", "--cpu")
+        distill("--weights", "shapes-latent", "--dataset", "shapes", "--out", tmp_path / "x", "--cpu")
     assert not (tmp_path / "x").exists()

@@ -15,6 +15,7 @@ from hybridvae.core import image_draws, int8_weight, load_model, save_model, to_
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.joint import JointDiffuseVAE
 from hybridvae.latent import LatentDiffuseVAE, LatentDiffusion
+from hybridvae.metrics import describe, frechet_distance
 from hybridvae.quantization import (FLOAT_PARTS, INT8_CLASSES, Int8Conv, Int8Linear, activation_ranges, byte_range,
                                     bytes_by_type, has_int8_kernels, int8_state, int8_variants, quantizable,
                                     quantize, to_bytes)
@@ -252,8 +253,36 @@ def test_the_command_makes_weights_that_other_commands_take(tmp_path, ddpm):
     assert wrong.exit_code != 0
 
 
+class Pixels(nn.Module):
+    "A feature network of six numbers: means of colours and their squares."
+
+    name, num_features = "pixels", 6
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        means = x.float().mean(dim=(2, 3)) / 255
+        return torch.cat([means, means.square()], dim=1) * self.one
+
+
+def test_the_interval_of_a_change_is_of_pairs_and_holds_the_change():
+    level = lambda n, seed: torch.rand(n, 3, 1, 1, generator=generator(seed)) * 200  # of grey images, which differ
+    images = (level(200, 1) ** 2 / 200 + 20 * torch.rand(200, 3, 16, 16, generator=generator(3))).to(torch.uint8)
+    real = describe(Pixels(), (level(300, 2) + 20 * torch.rand(300, 3, 16, 16, generator=generator(4))).to(torch.uint8))
+    before, after = describe(Pixels(), images), describe(Pixels(), (images * 0.95).to(torch.uint8))
+    assert quant.changes(before, before, real, draws=10) == {"FD (pixels)": (0, 0), "texture distance": (0, 0)}
+    low, high = quant.changes(before, after, real, draws=60)["FD (pixels)"]
+    change = frechet_distance(after.features, real.features) / frechet_distance(before.features, real.features) - 1
+    assert 0 < low < change < high
+    apart = describe(Pixels(), (images * 0.95).to(torch.uint8).flip(0))  # other pairs: nothing cancels
+    wide = quant.changes(before, apart, real, draws=60)["FD (pixels)"]
+    assert wide[1] - wide[0] > 1.5 * (high - low)
+
+
 def test_the_command_measures_every_variant_beside_what_the_file_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(quant, "distances_after", functools.partial(quant.distances_after, n=8, batch=4))
+    monkeypatch.setattr(quant, "distances_after", functools.partial(quant.distances_after, n=8, batch=4, draws=5))
     monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 60, "test": 40})
     run = lambda *words: CliRunner().invoke(app, [str(w) for w in words])
     model = randomised(DDPM(UNET | {"image_size": 32, "attention": (16,)}), scale=0.1)
@@ -266,5 +295,6 @@ def test_the_command_measures_every_variant_beside_what_the_file_holds(tmp_path,
     found = json.loads(file.read_text())
     rows = found.pop(str(tmp_path / "ddpm.safetensors"))["rows"]
     assert found == {"others": 1} and [r["variant"] for r in rows][:3] == ["fp32", "bf16", "int8"] and len(rows) == 7
+    assert rows[0]["changes"] == {} and rows[2]["changes"].keys() == {"FD (shapes)", "texture distance"}
     assert rows[0]["rms_levels"] == 0 < rows[2]["rms_levels"] and all("texture distance" in r["metrics"] for r in rows)
     assert run(*words, "--json", file).exit_code != 0  # of which data?
