@@ -138,6 +138,7 @@ WRONG = {
         "only_code = lambda x_hat, z: (x_hat, z)", "only_code = lambda x_hat, z: (x_hat, z.detach())",
         "only_code = lambda x_hat, z: ScaledGradient.apply(x_hat, z, lambda a, b: (a, 0 * b))",
         "only_code = lambda x_hat, z: (0 * x_hat, z)"],
+    ("02_joint_training", 4): ["fine_tuned = lambda value, images=300: pair"],
     ("03_adaptive_conditioning", 1): [
         "sensitivity = lambda x_hat, z: torch.ones(len(z))", "sensitivity = lambda x_hat, z: torch.rand(len(z))",
         "sensitivity = lambda x_hat, z: x_hat.square().mean(dim=(1, 2, 3))"],
@@ -146,11 +147,19 @@ WRONG = {
         DRAW.format("return model.vae.decode(kept[:n]), vae.prior.sample(n, generator)"),
         "def draw_certain(n, share, generator):\n    z = vae.prior.sample(n, generator)\n"
         "    return model.vae.decode(z), z"],
+    ("03_adaptive_conditioning", 3): [
+        "at_level = lambda x_hat, z, level: x_hat",
+        "at_level = lambda x_hat, z, level: model.refine(x_hat, z, steps=3, "
+        "generator=torch.Generator().manual_seed(0))"],
     ("04_latent_diffusion", 1): [
         "halves = lambda vae, a, b: vae.reconstruct(a)",
         "halves = lambda vae, a, b: vae.decode(torch.cat([vae.encode(a)[0].chunk(2, 1)[0], "
         "vae.encode(b)[0].chunk(2, 1)[1]], 1))"],
     ("04_latent_diffusion", 2): ["affordable = lambda hybrid, pixel, steps: steps", "affordable = lambda *models: 1"],
+    ("04_latent_diffusion", 3): [
+        "repaired = lambda z, start, steps=10: z",
+        "repaired = lambda z, start, steps=10: z + start * torch.randn_like(z)",
+        "repaired = lambda z, start, steps=10: latent.latent.sample(len(z), seeded())"],
     ("89_bench", 1): ["wins = lambda a, b: float(sum(a.seconds) < sum(b.seconds))",
                       "wins = lambda a, b: float(np.mean(np.sort(a.seconds) < np.sort(b.seconds)))"],
     ("89_bench", 2): ["steps_to_earn = lambda rows, precision, batch: rows[1]['warm_up_seconds'] / 0.25",
