@@ -38,9 +38,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .core import (Draws, HybridVAEError, Model, build_model, config_hash, count_flops,
-                            default_device, image_draws, load,
-                            derive_seed, package_folder, provenance, to_uint8, weights_hash, write_json)
+from .core import (Draws, HybridVAEError, Model, build_model, change_json, config_hash, count_flops,
+                            default_device, derive_seed, image_draws, load, package_folder, provenance, to_uint8,
+                            weights_hash)
 from .data import Batches, ImageData, load_data
 from .diffusion import GaussianDiffusion
 from .features import load_features
@@ -901,12 +901,14 @@ def compare_int8(
             "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "native"), "rows": rows, **provenance("cpu")}
 
 # %% ../nbs/89_bench.ipynb #cell-072
-def write_bench(path: str | Path, part: str, content: dict) -> Path:
-    """Write one part, "peers", "growth" or "int8", of a file; another part that stands there stays.
+def write_bench(path: str | Path, part: str, content: dict, key: str = "") -> Path:
+    """Write one part, "peers", "growth" or "int8", of a file, or what it has under a key; all else there stays.
 
     Raises `HybridVAEError` for a file that holds something else, and where it cannot be written.
     """
-    return write_json(Path(path), read_bench(path) | {part: content})
+    read_bench(path)
+    return change_json(Path(path), lambda before: before | {
+        part: before.get(part, {}) | {key: content} if key else content})
 
 
 def read_bench(path: str | Path) -> dict:

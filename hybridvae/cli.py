@@ -225,12 +225,13 @@ Form = Annotated[int, typer.Option(
 CodeGuidance = Annotated[bool, typer.Option(
     "--z/--no-z", help="of diffusevae: give the latent code to the network, too")]
 OwnVae = Annotated[str, typer.Option(
-    help="of diffusevae: weights of its VAE, a file or a shipped name; without it one is trained first")]
+    help="of diffusevae: weights of its VAE, or of a hybrid with it, a file or a shipped name; without it one is "
+         "trained first")]
 FirstSeed = Annotated[int, typer.Option(min=0, help="of the first weights, the order of the images and the noise")]
 Folder = Annotated[Path | None, typer.Option(help="folder for all that is made; usually DATASET-MODEL")]
 TRAIN_EXAMPLES = _examples(
     "train --dataset shapes --model vae --out my-vae --cpu",
-    "train --dataset shapes --model diffusevae --form 2 --vae shapes-vae --out my-hybrid --minutes 9",
+    "train --dataset shapes --model diffusevae --form 2 --vae shapes-diffusevae --out my-hybrid --minutes 9",
     "train --dataset flowers --model diffusevae --small --kimg 20 --out flowers-small")
 
 # %% ../nbs/91_cli.ipynb #c9602fdb
@@ -343,8 +344,8 @@ Components = Annotated[int | None, typer.Option(
 First = Annotated[int, typer.Option(min=0, help="number of the first image: several machines can share a set")]
 Target = Annotated[Path, typer.Option(help="x.png or x.jpg: a grid; x.npz: an array; else a folder of PNG files")]
 SAMPLE_EXAMPLES = _examples(
-    "sample --weights shapes-diffusevae --n 64 --out samples.png",
-    "sample --weights shapes-vae --prior ex-pde --dataset shapes --n 2000 --out samples.npz",
+    "sample --weights scenes-diffusevae --n 64 --out samples.png",
+    "sample --weights shapes-diffusevae --prior ex-pde --dataset shapes --n 2000 --out samples.npz",
     "sample --weights my-hybrid/model.safetensors --components 4 --dataset shapes",
     "sample --weights runs/shapes/ddpm/seed0/model.safetensors --sampler ddim --steps 50 --out folder")
 
@@ -560,16 +561,14 @@ def quantize(
 # %% ../nbs/91_cli.ipynb #3f25802e
 def _measure_variants(weights: str, model, dataset: str, file: Path) -> None:
     "Measure, and write beside what the file holds of other weights."
-    import json
     import torch
-    from hybridvae.core import provenance, write_json
+    from hybridvae.core import change_json, provenance
     from hybridvae.generators import data_for, measuring_networks
     from hybridvae.quantization import distances_after
 
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     features = measuring_networks(dataset, "", None, torch.device("cpu"))[0]
     rows = distances_after(model, features, data_for(model, dataset, "test"))
-    write_json(file, before | {weights: {"dataset": dataset, "rows": rows, **provenance("cpu")}})
+    change_json(file, lambda before: before | {weights: {"dataset": dataset, "rows": rows, **provenance("cpu")}})
     print(f"distances of {len(rows)} variants in {file}")
 
 # %% ../nbs/91_cli.ipynb #e7fbc8f2
@@ -583,7 +582,7 @@ Inception = Annotated[Path | None, typer.Option(
     help="Inception's weights file, for FID and IS", envvar="HYBRIDVAE_INCEPTION")]
 Measured = Annotated[int | None, typer.Option(min=6, help="how many images; usually 2,000 samples, or all images")]
 EVALUATE_EXAMPLES = _examples(
-    "evaluate --weights shapes-vae --dataset shapes --n 500 --cpu",
+    "evaluate --weights shapes-diffusevae --dataset shapes --n 500 --cpu",
     "evaluate --weights model.safetensors --dataset cifar10 --n 50000 --inception WEIGHTS --json metrics.json",
     "evaluate --images samples.npz --dataset shapes")
 
@@ -831,12 +830,12 @@ def _compare_int8(weights: str, batch: int, rounds: int, out: Path) -> None:
     import pandas as pd
     from hybridvae import bench as b
 
-    before = b.read_bench(out).get("int8", {})
+    b.read_bench(out)  # refuses a bad name before the minutes of measuring
     results = b.compare_int8(weights, batch, rounds, progress=sys.stderr.isatty())
     rows = pd.DataFrame(results["rows"]).set_index("name")[["fastest", "median", "processor", "error"]]
     print((rows * [1000, 1000, 1000, 1]).rename(columns=lambda c: c if c == "error" else f"{c}, ms").round(4))
     key = f"{weights}, {results['isa']}"
-    print(f"written to {b.write_bench(out, 'int8', before | {key: results})}")
+    print(f"written to {b.write_bench(out, 'int8', results, key)}")
 
 # %% ../nbs/91_cli.ipynb #5b1553ac
 def _cost_growth(rounds: int, tiny: bool, out: Path, cpu: bool) -> None:
@@ -963,19 +962,18 @@ def report(
     precision: Precision = "auto",
     compile_: Compile = "auto",
 ):
-    "Run the baseline study on Shapes, and write the report with it beside the records."
+    "Run the baseline study on Scenes, and write the report with it beside the records."
     from hybridvae.campaign import queue
-    from hybridvae.report import print_pdf, render_report, report_source, study_entries
+    from hybridvae.report import STUDIED, print_pdf, render_report, report_source, study_entries
     from hybridvae.records import recorded
     from hybridvae.runs import run_entry
     from hybridvae.selection import summary
 
     report_source()  # refuses to work outside a clone, before the minutes of training
-    entries = queue("shapes")
-    for entry, short in study_entries(entries):
+    for entry in study_entries():
         record = recorded(entry, runs)
-        if short.missing(record):
-            record = run_entry(short, entries, runs, cpu=cpu)
+        if entry.missing(record):
+            record = run_entry(entry, queue(STUDIED), runs, cpu=cpu)
         assert record is not None  # there is no limit of time
         print(summary(record, runs))
     print("Writing the report ...")

@@ -8,8 +8,8 @@ __all__ = ['Source', 'MODELS', 'SIZES', 'RECORD_KEYS', 'INT8_SUFFIX', 'INT4', 'I
            'Draws', 'image_draws', 'randn', 'rand', 'choose', 'Recorded', 'Model', 'UnknownModel', 'model_class',
            'build_model', 'count_parameters', 'count_flops', 'to_float', 'to_uint8', 'image_grid', 'show_images',
            'save_grid', 'config_hash', 'weights_hash', 'package_folder', 'project_root', 'weights_folder',
-           'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'write_json', 'load_record',
-           'load_records', 'save_model', 'int8_weight', 'load_model', 'load', 'budget', 'exercise']
+           'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'write_json', 'change_json',
+           'load_record', 'load_records', 'save_model', 'int8_weight', 'load_model', 'load', 'budget', 'exercise']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 #| code-fold: true
@@ -550,7 +550,13 @@ def write_record(root: str | Path, record: dict) -> Path:
     missing = [key for key in RECORD_KEYS if key not in record]
     if missing:
         raise ValueError(f"the record of {record.get('experiment')} lacks {', '.join(missing)}")
-    return write_json(record_path(root, record), record)
+    return write_json(record_path(root, record), record | {"checksum": _checksum(record)})
+
+
+def _checksum(record: dict) -> str:
+    "Of a record as it is read again from its file; a hand that changes a number there does not change this."
+    text = json.dumps(json.loads(json.dumps(record)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, content: dict) -> Path:
@@ -560,14 +566,26 @@ def write_json(path: Path, content: dict) -> Path:
         tmp.write_text(text + "\n", encoding="utf-8")
     return path
 
+
+def change_json(path: Path, change: Callable[[dict], dict]) -> Path:
+    "Write what a change makes of a JSON file, of {} where there is none; of two at once, one waits for the other."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return write_json(path, change(before))
+
 # %% ../nbs/00a_core.ipynb #cell-033
 def load_record(path: Path) -> dict:
-    "One record. Raises `HybridVAEError` for a file that is none."
+    "One record. Raises `HybridVAEError` for a file that is none, or that was changed after it was written."
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["experiment"], record["dataset"], record["subset"], record["seed"]
+        checksum = record.pop("checksum", None)
     except (ValueError, KeyError, TypeError) as error:
         raise HybridVAEError(f"{path} is not a run record ({error}): remove it and run its entry again.") from error
+    if checksum not in (None, _checksum(record)):  # None: written before there were any
+        raise HybridVAEError(f"{path} was changed after it was written, or is damaged: bring back the file as it was, "
+                             "or remove it and run its entry again.")
     return record
 
 

@@ -217,8 +217,9 @@ def _part(wanted: OwnTraining, config: dict, preset: dict, settings: str, images
 
 
 def load_vae(weights: str, image_size: int) -> VAE:
-    "The VAE in a weights file. Raises `HybridVAEError` for another model, or one of images of another size."
-    vae = load_generator(weights, cpu=True)
+    "The VAE in a weights file, or of a hybrid in it. Raises `HybridVAEError` for another model, or another image size."
+    model = load_generator(weights, cpu=True)
+    vae = getattr(model, "vae", model)
     if type(vae) is not VAE or vae.image_shape[-1] != image_size:
         raise HybridVAEError(f"{weights} is no VAE of images of {image_size} x {image_size} pixels: give other "
                              "weights as --vae, or leave it out to train one first.")

@@ -59,9 +59,11 @@ FAMILIES = {"vae": "VAE", "ddpm": "DDPM", "diffusevae": "DiffuseVAE", "joint": "
 
 
 def label(experiment: str) -> str:
-    "How tables and charts call an experiment; those trained at a CPU's size say so."
-    name, small = experiment.removesuffix("-cpu"), experiment.endswith("-cpu")
-    return LABELS.get(name, name) + (", CPU size" if small else "")
+    "How tables and charts call an experiment; short trainings, and those at a CPU's size, say so."
+    ends = {"-cpu": ", CPU size", "-short": ", short"}
+    end = next(filter(experiment.endswith, ends), "")
+    name = experiment.removesuffix(end)
+    return LABELS.get(name, name) + ends.get(end, "")
 
 
 def family(experiment: str) -> str:

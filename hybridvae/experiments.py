@@ -249,6 +249,15 @@ DIFFUSEVAE: tuple[Row, ...] = (
     Row("diffusevae-form2-noconcat", "diffusevae-form2", on=THREE | SCENES_ONE, model={"concat": False}),
     Row("diffusevae-form1-paper", "diffusevae-form1", on=ONCE, model={"diffusion": _LINEAR}, ancestral={}),
 )
+_LOOK_AT = {**FEW, **USUAL}
+
+DIFFUSEVAE += (  # what `hybridvae report` trains: minutes of two cores
+    Row("vae-short", "vae", on=SCENES_ONE, train={"part": "train_vae", "kimg": 50}, evaluate=(ONE_SHOT | _LOOK_AT,),
+        studies={}),
+    Row("ddpm-short", "ddpm", on=SCENES_ONE, train={"part": "train", "kimg": 24}, evaluate=(MAIN | FEW,), studies={}),
+    Row("diffusevae-form1-short", "diffusevae-form1", on=SCENES_ONE, train={"part": "train", "kimg": 24},
+        needs={"vae": "vae-short"}, evaluate=(MAIN | _LOOK_AT,), studies={"condition_agreement": EVERY}),
+)
 
 # %% ../nbs/80_experiments.ipynb #ff287e51
 _PAPER_SIZE = Row("", on=FULL, evaluate=(MAIN, ANCESTRAL))

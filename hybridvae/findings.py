@@ -6,10 +6,10 @@
 __all__ = ['LEAST_IMAGES', 'DIGITS', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE', 'NORMAL', 'TEN', 'CHOSEN', 'STAGE_1',
            'STAGES_2_AND_3', 'BONUS', 'ACCELERATION', 'COMPARISONS', 'CLAIMS', 'VARIANTS', 'REPLICATION',
            'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'number', 'Gap', 'Finding', 'trained',
-           'nothing', 'Comparison', 'of_one_size', 'evaluations_of', 'metric_of', 'compared', 'claim', 'nearest',
-           'detail', 'order', 'ratio', 'replication_order', 'sampling_time', 'latent_time', 'agreement', 'uncertainty',
-           'likelihood', 'noise', 'int8', 'int8_speed', 'faces', 'findings', 'findings_table', 'replication_table',
-           'provenance_table', 'pairs_record', 'show_pairs', 'pictured', 'first_page', 'show_gaps']
+           'nothing', 'Comparison', 'of_one_size', 'evaluations_of', 'metric_of', 'gap_between', 'compared', 'claim',
+           'nearest', 'detail', 'order', 'ratio', 'replication_order', 'sampling_time', 'latent_time', 'agreement',
+           'uncertainty', 'likelihood', 'noise', 'int8', 'int8_speed', 'faces', 'findings', 'findings_table',
+           'replication_table', 'provenance_table', 'pairs_record', 'show_pairs', 'pictured', 'first_page', 'show_gaps']
 
 # %% ../nbs/90e_findings.ipynb #f1d00003
 #| code-fold: true
@@ -140,6 +140,7 @@ def _with(strategy: str) -> Setting:
 
 STAGE_1 = (
     Comparison("refiner", "What does the refiner add to its VAE?", (REFINER, {}), ("vae", {})),
+    Comparison("refiner form 1", "And the refiner without z?", ("diffusevae-form1", {}), ("vae", {})),
     Comparison("ddpm", "Is the hybrid nearer to real images than a plain diffusion model?", (REFINER, {}),
                ("ddpm", {})),
     Comparison("forms", "Does form 2 differ from form 1?", ("diffusevae-form2", {}), ("diffusevae-form1", {})),
@@ -148,6 +149,7 @@ STAGE_1 = (
     Comparison("shift alone", "Does form 2 need x̂ at its input?", ("diffusevae-form2-noconcat", {}),
                ("diffusevae-form2", {})),
     Comparison("mixture", "What does a mixture fitted to the codes change?", (REFINER, MIXTURE), (REFINER, NORMAL)),
+    Comparison("mixture form 1", "And without z?", ("diffusevae-form1", MIXTURE), ("diffusevae-form1", NORMAL)),
     Comparison("mixture against ddpm", "Is the hybrid with fitted codes nearer than a plain diffusion model?",
                (REFINER, MIXTURE), ("ddpm", {})),
     Comparison("form 1 against ddpm", "And form 1 without z, with fitted codes?", ("diffusevae-form1", MIXTURE),
@@ -186,7 +188,7 @@ ACCELERATION = (
                ("distill-form1", {})),
     Comparison("distilled, same steps", "Is a student better than the teacher in as few steps?",
                ("distill-form1-4", {}), ("distill-form1", {"sampler": "dpmpp", "steps": 4})),
-    Comparison("pca", "What does guidance by a third of the components cost, on Shapes?", ("pca-k4", {}),
+    Comparison("pca", "What does guidance by a third of the components cost, on drawn images?", ("pca-k4", {}),
                ("pca-k12", {})),
     Comparison("pca faces", "What does guidance by a quarter of the components cost, on faces?", ("pca-k32", {}),
                ("pca-k128", {})),
@@ -251,6 +253,12 @@ def _gap(name: str, one: dict, two: dict, results: dict, key: str) -> Gap:
     if len(one) == 1:
         width = 1.96 * math.hypot(*(m.get("deviation", math.nan) for e in (one, two) for m in e.values()))
     return Gap(name, a, b, a - b - width, a - b + width, len(one))
+
+
+def gap_between(records: list[dict], a: str, b: str, kind: str = "FD") -> Gap | None:
+    "The gap of two experiments in their main evaluations, over images; None where they cannot be compared."
+    found = _measured(records, Comparison("", "", (a, {}), (b, {})), kind)
+    return _gap(*found[:3], {}, "") if found else None
 
 # %% ../nbs/90e_findings.ipynb #f1d00010
 def _told(names: list[str] | None, comparison: Comparison) -> list[str]:
@@ -512,8 +520,12 @@ def int8(records: list[dict], dataset: str) -> tuple[str, int] | None:
         return None
     before, after = rows["fp32"]["metrics"], rows["int8"]["metrics"]
     kinds = [name for name in before if name.partition(" (")[0] in ("FD", "texture distance") and " to " not in name]
-    shown = " and ".join(f"{100 * (after[name] / before[name] - 1):+.1f} % in {name}" for name in kinds)
-    return f"{shown}, n = {rows['int8']['n']:,}, one set of weights, not a claim.", 1
+    within = rows["int8"].get("changes", {})
+    shown = " and ".join(f"{100 * (after[name] / before[name] - 1):+.1f} %" +
+                         (f" [{100 * within[name][0]:+.1f}, {100 * within[name][1]:+.1f}]" if name in within else "") +
+                         f" in {name}" for name in kinds)
+    over = "; intervals over pairs of images" if within else ""
+    return f"{shown}, n = {rows['int8']['n']:,}, one set of weights, not a claim{over}.", 1
 
 
 @claim("int8 speed", "Is int8 faster?", "timings of a U-Net in int8")

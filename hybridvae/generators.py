@@ -38,7 +38,7 @@ from .training import autocast, choose_precision
 def load_generator(weights: str, cpu: bool = False):
     """The generator in a weights file, on the device where it will work.
 
-    `weights` is a path or the name of a shipped file, such as "shapes-vae". Raises `HybridVAEError` where there is
+    `weights` is a path or the name of a shipped file, as "scenes-diffusevae". Raises `HybridVAEError` where there is
     none, or the file holds a model that draws no images.
     """
     load_stages()  # defines the classes of all models

@@ -427,6 +427,9 @@ def test_one_part_of_a_file_leaves_the_other(tmp_path):
     for part, content in (("peers", {"a": 1}), ("growth", {"b": 2}), ("peers", {"a": 3})):
         write_bench(path, part, content)
     assert json.loads(path.read_text()) == {"peers": {"a": 3}, "growth": {"b": 2}}
+    for key in ("x", "y"):
+        write_bench(path, "int8", {"c": 4}, key)
+    assert json.loads(path.read_text())["int8"] == {"x": {"c": 4}, "y": {"c": 4}}
 
 
 @pytest.mark.parametrize("text", ["nothing", "[1]", '{"experiment": "ddpm"}'])

@@ -41,7 +41,6 @@ from hybridvae.priors import GaussianMixture, fit_mixture
 from hybridvae.report import read_bibliography, render_report, resolve_references
 from hybridvae.unet import DDPM
 from hybridvae.vae import VAE
-from hybridvae.entries import find_entry
 from hybridvae.records import record_roots, results_folder
 
 TINY_VAE = {"image_size": 32, "z_dim": 4, "width": 8, "multipliers": [1, 2], "patch": 4, "sigma": 0.1}
@@ -394,8 +393,8 @@ def test_weights_of_a_new_stage_are_opened_once_it_has_a_table(tmp_path, monkeyp
 
 
 def test_shipped_weights_have_names(tmp_path):
-    shipped = load_model(weights_folder() / "shapes-vae.safetensors")
-    assert shipped.config == generators.load_generator("shapes-vae", cpu=True).config
+    shipped = load_model(weights_folder() / "scenes-diffusevae.safetensors")
+    assert shipped.config == generators.load_generator("scenes-diffusevae", cpu=True).config
 
 
 # --- reconstruct and interpolate ------------------------------------------------------------------------------------
@@ -700,7 +699,7 @@ def clone(tmp_path, monkeypatch):
     "A clone in which only the feature network is recorded: records of other sizes stay out of the report."
     here, there = core.project_root(), tmp_path / "clone"
     shutil.copytree(here / "hybridvae", there / "hybridvae", ignore=shutil.ignore_patterns("__pycache__"))
-    records = Path("nbs", "results", "shapes", "features")
+    records = Path("nbs", "results", report.STUDIED, "features")
     shutil.copytree(here / records, there / records)
     for name in ("07_report.ipynb", "refs.bib"):
         shutil.copy(here / "nbs" / name, there / "nbs")
@@ -710,6 +709,7 @@ def clone(tmp_path, monkeypatch):
 
 
 def test_report_over_a_fresh_study(tiny, clone, tmp_path):
+    experiments.PRESETS["scenes"]["n_curve"] = 60
     said = command("report --cpu --runs", tmp_path)
     html = (tmp_path / "report" / "report.html").read_text()
     assert said.strip().endswith("report.html")
@@ -718,28 +718,25 @@ def test_report_over_a_fresh_study(tiny, clone, tmp_path):
     assert "<math" in html and "$" not in text and "<script" not in html  # formulas, and all else, without a network
     assert not re.search(r"(src|href)=.https?:", html) and html.count('id="show-code"') == 1
     assert not re.search(r"@(fig|tbl|sec)-|\[@|\{#", text)  # every reference is resolved
-    record = json.loads((tmp_path / "shapes" / "diffusevae-form1" / "seed0.json").read_text())
+    record = json.loads((tmp_path / "scenes" / "diffusevae-form1-short" / "seed0.json").read_text())
     values = record["evaluations"][0]["metrics"]
     results, own = text.split("Your run beside the records")[-2:]
-    number = f"{values['FD (shapes)']['value']:,.2f}"
+    number = f"{values['FD (scenes)']['value']:,.2f}"
     assert number in own and number not in results  # the numbers of this run stand in their own section
-    assert "condition_agreement" in record and not {"prior_gap", "robustness", "path_length"} & set(record)
+    assert all(name in own for name in ("VAE, short", "DDPM, short", "form 1, short"))
 
 
-def test_report_does_only_what_it_shows_and_takes_complete_records_as_they_are(tmp_path, monkeypatch):
-    asked, written = [], {}
-    entries = {name: find_entry(campaigns.queue("shapes"), name) for name in report.STUDY}
-    vae = entries["vae"]
-    written["vae"] = {"config": vae.config, "evaluations": list(vae.evaluations), **dict.fromkeys(vae.studies),
-                      "studied": dict.fromkeys(vae.studies, vae.studied)}
+def test_report_trains_its_three_entries_and_takes_complete_records_as_they_are(tmp_path, monkeypatch):
+    asked, written, entries = [], {}, report.study_entries()
+    vae = entries[0]
+    written[vae.experiment] = {"config": vae.config, "evaluations": list(vae.evaluations)}
     monkeypatch.setattr("hybridvae.records.recorded", lambda entry, *roots: written.get(entry.experiment))
     monkeypatch.setattr(runs, "run_entry", lambda entry, *rest, **options: asked.append(entry) or {})
     monkeypatch.setattr(selection, "summary", lambda record, runs: "")
     monkeypatch.setattr(report, "render_report", lambda runs: runs)
     command("report --runs", tmp_path)
-    assert [e.experiment for e in asked] == ["ddpm", "diffusevae-form1"]
-    assert [e.evaluations for e in asked] == [entries[e.experiment].evaluations[:1] for e in asked]
-    assert asked[1].studies == ("condition_agreement",) and asked[1].config == entries["diffusevae-form1"].config
+    assert asked == entries[1:] and [e.experiment for e in entries] == list(report.STUDY)
+    assert {(e.dataset, e.seed) for e in entries} == {(report.STUDIED, 0)}
 
 
 def test_an_unknown_reference_is_an_error():
@@ -838,8 +835,8 @@ MISTAKES = [
     ("train --dataset shapes --model vae --kimg 0", "kimg"),
     ("train --dataset shapes --model vae --batch-size 12", "12"),
     ("train --dataset shapes --model vae --out file", "file"),
-    ("sample --weights shapes-vae --refine-steps 2", "--refine-steps.*LatentDiffuseVAE.*VAE: leave it out"),
-    ("sample --weights nothing", r"'nothing'.*shapes-adaptive, shapes-diffusevae, shapes-latent, shapes-vae\."),
+    ("sample --weights shapes-diffusevae --refine-steps 2", "--refine-steps.*LatentDiffuseVAE.*VAE: leave it out"),
+    ("sample --weights nothing", r"'nothing'.*scenes-diffusevae, shapes-adaptive, shapes-diffusevae, shapes-latent\."),
     ("sample --weights empty", "empty is a folder"),
     ("sample --weights broken.safetensors", "broken"),
     ("sample --weights features.safetensors", "no images"),
@@ -1046,7 +1043,7 @@ def test_a_code_that_says_nothing_is_named_where_it_is_trained_given_and_followe
     words = "train --dataset shapes --kimg 0.032 --batch-size 16 --cpu --out"
     dead = tmp_path / "v" / "model.safetensors"
     assert silent in command(words, tmp_path / "h", "--vae", dead)
-    assert silent not in command(words, tmp_path / "sound", "--vae shapes-vae")
+    assert silent not in command(words, tmp_path / "sound", "--vae shapes-diffusevae")
     one = without(weights["vae"], tmp_path / "one.safetensors", ("decoder.net.0.weight", ALL))
     for path in (one, weights["vae"]):
         said = command("interpolate --n 3 --cpu --weights", path, "--out", tmp_path / "i.png")

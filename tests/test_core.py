@@ -1,12 +1,16 @@
 """Seeded draws, atomic files, run records, weights files, pixels and grids."""
 import ast
 import errno
+import functools
 import json
 import math
+import operator
 import os
 import resource
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,9 +18,11 @@ import torch
 from conftest import complains, disk_full, files_below
 from hybridvae import core
 from hybridvae.core import (INT4_LEAST, INT4_SUFFIX, RECORD_KEYS, Draws, HybridVAEError, Model, atomic_path, budget,
-                            build_model, config_hash, count_parameters, default_device, derive_seed, image_grid, load,
-                            load_model, load_records, project_root, provenance, record_path, save_grid, save_model,
-                            show_images, to_float, to_uint8, weights_hash, write_record)
+                            build_model, change_json, config_hash, count_parameters, default_device, derive_seed,
+                            image_grid, load, load_record, load_model, load_records, project_root, provenance,
+                            record_path, save_grid, save_model, show_images, to_float, to_uint8, weights_hash,
+                            write_record)
+from hybridvae.records import results_folder
 from hybridvae.vae import VAE
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -144,7 +150,7 @@ def test_numbers_that_are_not_finite_are_refused_and_the_old_record_stays(tmp_pa
     path = write_record(tmp_path, a_record())
     with pytest.raises(ValueError):
         write_record(tmp_path, a_record(evaluations=[{"metrics": {"FD (shapes)": {"value": number}}}]))
-    assert json.loads(path.read_text()) == a_record() and files_below(path.parent) == ["seed0.json"]
+    assert load_record(path) == a_record() and files_below(path.parent) == ["seed0.json"]
 
 
 def test_a_later_folder_replaces_the_records_of_an_earlier_one(tmp_path):
@@ -530,3 +536,40 @@ def test_the_reason_for_refusing_weights_is_the_whole_one(vae, tmp_path):
         load_model(path)
     with complains("multipliers of VAE.unet is []"):
         build_model({"model": "VAE", "unet": {"multipliers": []}})
+
+
+def test_those_who_change_a_file_at_once_lose_nothing(tmp_path):
+    def add(k):
+        return change_json(tmp_path / "new" / "file.json", lambda before: time.sleep(0.01) or before | {str(k): k})
+    with ThreadPoolExecutor(8) as pool:
+        [path, *_] = pool.map(add, range(24))
+    assert json.loads(path.read_text()) == {str(k): k for k in range(24)}
+
+
+def _leaves(value, keys=()):
+    "The keys that lead to each value of JSON, the inner ones too."
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield (*keys, key)
+        yield from _leaves(part, (*keys, key))
+
+
+def test_a_record_in_which_anything_was_changed_by_hand_is_refused(tmp_path):
+    path = write_record(tmp_path, a_record(evaluations=[{"n": 10, "metrics": {"FD (x)": {"value": 1.5}}}]))
+    whole = json.loads(path.read_text())
+    assert "checksum" not in load_records(tmp_path)[0] and len(list(_leaves(whole))) > 20
+    for *keys, last in _leaves(whole):
+        for change in (operator.setitem, operator.delitem):
+            changed = json.loads(json.dumps(whole))
+            change(functools.reduce(operator.getitem, keys, changed), last, *[1.25] * (change is operator.setitem))
+            path.write_text(json.dumps(changed))
+            if (*keys, last) == ("checksum",) and "checksum" not in changed:
+                continue  # as in records from before there were any
+            with complains(path, "run its entry again"):
+                load_records(tmp_path)
+
+
+def test_committed_records_are_as_they_were_written():
+    files = sorted(results_folder().glob("*/*/seed*.json"))
+    assert len(files) > 90 and all("checksum" in json.loads(path.read_text()) for path in files)
+    assert len(load_records(results_folder())) == len(files)

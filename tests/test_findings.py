@@ -5,7 +5,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hybridvae import findings as f
-from hybridvae.findings import CLAIMS, COMPARISONS, NO_RECORD, Gap, compared, evaluations_of, findings, number
+from hybridvae.findings import (CLAIMS, COMPARISONS, NO_RECORD, Gap, compared, evaluations_of, findings, gap_between,
+                                number)
 from hybridvae.metrics import paired_family
 from hybridvae.records import all_records, load_records, results_folder
 
@@ -46,6 +47,14 @@ def test_one_training_has_an_interval_over_images_and_is_no_claim():
     del without[0]["evaluations"][0]["metrics"]["FD (x)"]["deviation"]
     finding = findings("toy", without)["refiner"]
     assert "intervals" not in finding.sentence and "nan" not in finding.sentence and "[" not in finding.sentence
+
+
+def test_two_experiments_of_a_run_have_a_gap_over_images_and_none_where_n_differs():
+    run = [record("ddpm-short", fd=20.0, deviation=0.3), record("diffusevae-form1-short", fd=10.0, deviation=0.4)]
+    gap = gap_between(run, "diffusevae-form1-short", "ddpm-short")
+    assert (gap.a, gap.b, gap.seeds) == (10, 20, 1) and gap.high - gap.low == pytest.approx(2 * 1.96 * 0.5)
+    run[0] = record("ddpm-short", fd=20.0, n=1_000)
+    assert gap_between(run, "diffusevae-form1-short", "ddpm-short") is None
 
 
 def test_the_interval_is_that_of_the_paired_test_and_p_is_corrected_over_all_comparisons():

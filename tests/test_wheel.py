@@ -70,11 +70,11 @@ def test_shipped_weights_open_by_name_and_records_are_found(installed):
         from hybridvae.core import load_records, provenance
         from hybridvae.records import results_folder
         print(hybridvae.__file__)
-        print(type(hybridvae.load("shapes-vae")).__name__, len(load_records(results_folder())) > 20)
+        print(type(hybridvae.load("scenes-diffusevae")).__name__, len(load_records(results_folder())) > 20)
         print(provenance()["commit"], provenance()["dirty"])
     """
     file, found, commit = run(installed, "-c", program).splitlines()
-    assert Path(file) == installed / "hybridvae" / "__init__.py" and found == "VAE True"
+    assert Path(file) == installed / "hybridvae" / "__init__.py" and found == "DiffuseVAE True"
     assert commit == "none (release 0.1.0) True"
 
 
