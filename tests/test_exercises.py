@@ -185,6 +185,13 @@ WRONG = {
     ("05b_distillation", 3): [
         "moved = lambda error=0.01: dict.fromkeys(('eps', 'v', 'x0'), error)",
         "moved = lambda error=0.01: {'eps': 1 * error, 'v': 157 * error, 'x0': error}"],
+    ("05c_pca_guidance", 1): ["without = lambda pca, z, i: pca.project(z, i)",
+                              "without = lambda pca, z, i: z * (torch.arange(z.shape[1]) != i)",
+                              "without = lambda pca, z, i: z - (z @ pca.components[i])[:, None] * pca.components[i]"],
+    ("05c_pca_guidance", 2): ["needed = lambda pca, share: int((pca.share() < share).sum())",
+                              "needed = lambda pca, share: max(1, round(share * len(pca.mean)))"],
+    ("05c_pca_guidance", 3): ["safe_scores = lambda pca, least=0.1: scores(1, pca, True)",
+                              "safe_scores = lambda pca, least=0.1: scores(1, pca)"],
 }
 
 
@@ -348,16 +355,16 @@ def faults(item, there, wrong):
 
 
 LESSONS = sorted({notebook for notebook, _ in WRONG})
-LATER = {"05c_pca_guidance", "06_evaluation"}  # their checks are bare asserts
-
-
-drawn_once = functools.cache(data.load_shapes)  # drawing 20,000 images takes seconds
+LATER = {"06_evaluation"}  # its checks are bare asserts
+# drawing 20,000 images takes seconds
+DRAWN_ONCE = {name: functools.cache(data.DATASETS[name]) for name in ("shapes", "scenes")}
 
 
 @pytest.mark.parametrize("stem", LESSONS)
 def test_stub_fails_solution_passes_wrong_answers_fail(stem, monkeypatch):
     monkeypatch.setenv("HYBRIDVAE_BUDGET", "0.02")
-    monkeypatch.setitem(data.DATASETS, "shapes", drawn_once)
+    for name, drawn in DRAWN_ONCE.items():
+        monkeypatch.setitem(data.DATASETS, name, drawn)
     nb = json.loads((NBS / f"{stem}.ipynb").read_text())
     items = exercises(nb)
     assert [item.number for item in items] == [number for notebook, number in WRONG if notebook == stem]
