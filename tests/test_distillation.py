@@ -397,6 +397,20 @@ def test_an_entry_starts_from_its_teachers_weights_and_is_recorded(tmp_path, mon
     assert weights_hash(alone) == weights_hash(student)
 
 
+def test_an_entry_loads_the_teacher_that_its_smaller_student_learns_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("hybridvae.data.SHAPES_SIZES", {"train": 64, "test": 32})
+    options = dict(dataset="shapes", train={"kimg": 0.032, "batch_size": 16}, subset=32, batch=4)
+    teacher = DiffuseVAE(VAE | {"image_size": 32}, FLAT, COSINE)
+    small = teacher.config | {"model": "CompressedDiffuseVAE", "unet": FLAT | {"width": 4}, "teacher": teacher.config}
+    entries = [Entry("whole", model=teacher.config, **options),
+               Entry("small", model=small, depends_on={"vae": "whole", "teacher": "whole"}, **options,
+                     evaluations=({"sampler": "dpmpp", "steps": 2, "n": 4},))]
+    record = run_entry(entries[1], entries, tmp_path, cpu=True, progress=False)
+    student, whole = (load_model(e.folder(tmp_path) / "model.safetensors") for e in entries[::-1])
+    assert record["depends_on"] == {"whole": weights_hash(whole)} and student.unet.width == 4
+    assert weights_hash(student.vae) == weights_hash(whole.vae)
+
+
 # --- entries --------------------------------------------------------------------------------------------------------
 
 LADDERS = [e for e in entries_of(stage="distillation") if e.model["model"].startswith("Distilled")]

@@ -270,10 +270,10 @@ def test_the_command_line_needs_images_for_components_that_weights_do_not_hold()
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dataset", ["shapes", "celeba64"])
+@pytest.mark.parametrize("dataset", ["scenes", "celeba64"])
 def test_every_row_has_a_number_of_components_that_its_code_has(dataset):
     entries = entries_of(dataset, "pca_guidance")
-    assert {f"pca-k{k}" for k in ((1, 2, 4, 8, 12) if dataset == "shapes" else (32, 64, 128))} <= {
+    assert {f"pca-k{k}" for k in ((1, 2, 4, 8, 12) if dataset == "scenes" else (32, 64, 128))} <= {
         e.experiment for e in entries}
     for e in entries:
         most = e.model["vae"]["z_dim"]
@@ -284,7 +284,7 @@ def test_every_row_has_a_number_of_components_that_its_code_has(dataset):
 
 
 def test_variants_start_from_the_guided_model_and_differ_in_the_projection_alone():
-    entries = entries_of("shapes", "pca_guidance")
+    entries = entries_of("scenes", "pca_guidance")
     control = find_entry(entries, "pca-k12")
     for e in entries:
         assert e.depends_on == {"vae": "diffusevae-form1-z", "unet": "diffusevae-form1-z"} and e.train == control.train
