@@ -599,7 +599,7 @@ def sample_distances(model, prior, m: Material, n: int) -> dict[str, float]:
     distance = lambda statistics: frechet_distance(statistics.features, m.heldout.features)
     return {"x̂": distance(coarse), "refined": distance(refined)}
 
-
+# %% ../nbs/03_adaptive_conditioning.ipynb #fe096b04
 def adaptation_of(model, options: dict, m: Material) -> Adaptation | None:
     "The adaptation of a strategy, by ranks among draws of the prior of the study."
     own = {"prior": m.codes} if m.codes else {}

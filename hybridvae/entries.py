@@ -68,10 +68,16 @@ class _OnDisk:
     n_study: int
     steps_study: int
     prior_study: str | None
+    train: dict | None
 
     @property
     def config(self) -> dict:
         raise NotImplementedError
+
+    @property
+    def precision(self) -> str:
+        "Precision in which this entry trains and samples, see `choose_precision`."
+        return (self.train or {}).get("precision", "auto")
 
     def folder(self, runs: str | Path) -> Path:
         "Where checkpoints and weights lie below `runs`: DATASET/EXPERIMENT/seedN."
@@ -136,11 +142,6 @@ class Entry(_OnDisk):
         train = None if self.train is None else dataclasses.asdict(TrainConfig(**self.train))
         return {"model": self.model, "train": train, "data": {"dataset": self.dataset, "subset": self.subset},
                 "depends_on": self.depends_on, **({"half": True} if self.half else {})}
-
-    @property
-    def precision(self) -> str:
-        "Precision in which this entry trains and samples, see `choose_precision`."
-        return (self.train or {}).get("precision", "auto")
 
 # %% ../nbs/00i_entries.ipynb #cd0f159e
 def find_entry(entries: list[Entry], experiment: str, seed: int = 0, dataset: str | None = None) -> Entry:

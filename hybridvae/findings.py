@@ -137,7 +137,7 @@ class Comparison:
 def _with(strategy: str) -> Setting:
     return "adaptive-normal", TEN | STRATEGIES[strategy]
 
-
+# %% ../nbs/90e_findings.ipynb #621a75ab
 STAGE_1 = (
     Comparison("refiner", "What does the refiner add to its VAE?", (REFINER, {}), ("vae", {})),
     Comparison("refiner form 1", "And the refiner without z?", ("diffusevae-form1", {}), ("vae", {})),
