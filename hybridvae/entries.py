@@ -60,14 +60,9 @@ def studied_with(record: dict, name: str) -> dict:
     return {"n": n, "steps": 10 if name in stage_3 else 20}
 
 # %% ../nbs/00i_entries.ipynb #b0f0bd0c
-class _OnDisk:
-    "The folder of an entry's run, and what the entry compares with a record."
+class _Run:
+    "The folder of an entry's run, and what identifies it."
 
-    evaluations: tuple
-    studies: tuple
-    n_study: int
-    steps_study: int
-    prior_study: str | None
     train: dict | None
 
     @property
@@ -82,6 +77,16 @@ class _OnDisk:
     def folder(self, runs: str | Path) -> Path:
         "Where checkpoints and weights lie below `runs`: DATASET/EXPERIMENT/seedN."
         return record_path(runs, vars(self)).with_suffix("")
+
+# %% ../nbs/00i_entries.ipynb #6d038a56
+class _OnDisk(_Run):
+    "What an entry compares with a record."
+
+    evaluations: tuple
+    studies: tuple
+    n_study: int
+    steps_study: int
+    prior_study: str | None
 
     def studied(self, name: str) -> dict:
         "What a study measures with: number of images, network evaluations of a sample, prior of the codes it draws."

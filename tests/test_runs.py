@@ -16,9 +16,8 @@ import torch
 from conftest import complains, files_below, generator
 from hybridvae import data, records, runs, training
 from hybridvae.campaign import load_stages, run_campaign
-from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, load_records,
-                            randn,
-                            record_path, save_model, weights_hash, write_record)
+from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, load_record,
+                            load_records, randn, record_path, save_model, weights_hash, write_record)
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.entries import OPTIONS, Entry, find_entry, studied_with
 from hybridvae.experiments import PRESETS
@@ -100,7 +99,7 @@ def results(value):
 def test_a_record_has_every_key_and_what_was_asked_for(whole):
     folder, record = whole
     assert set(RECORD_KEYS) | {"data", "history", "precision", "compiled"} <= set(record)
-    assert json.loads(record_path(folder, vars(HYBRID)).read_text()) == record == recorded(HYBRID, folder)
+    assert load_record(record_path(folder, vars(HYBRID))) == record == recorded(HYBRID, folder)
     assert record["config"] == HYBRID.config and record["config_hash"] == config_hash(HYBRID.config)
     assert (record["kimg"], record["seed"], record["subset"]) == (0.048, 0, None)
     for found, asked in zip(record["evaluations"], HYBRID.evaluations, strict=True):
