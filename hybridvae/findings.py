@@ -6,10 +6,11 @@
 __all__ = ['LEAST_IMAGES', 'DIGITS', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE', 'NORMAL', 'TEN', 'CHOSEN', 'STAGE_1',
            'STAGES_2_AND_3', 'BONUS', 'ACCELERATION', 'COMPARISONS', 'CLAIMS', 'VARIANTS', 'REPLICATION',
            'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'number', 'Gap', 'Finding', 'trained',
-           'nothing', 'Comparison', 'of_one_size', 'evaluations_of', 'metric_of', 'gap_between', 'compared', 'claim',
-           'nearest', 'detail', 'order', 'ratio', 'replication_order', 'sampling_time', 'latent_time', 'agreement',
-           'uncertainty', 'likelihood', 'noise', 'int8', 'int8_speed', 'faces', 'findings', 'findings_table',
-           'replication_table', 'provenance_table', 'pairs_record', 'show_pairs', 'pictured', 'first_page', 'show_gaps']
+           'nothing', 'Comparison', 'of_one_size', 'with_refiner', 'evaluations_of', 'metric_of', 'gap_between',
+           'compared', 'claim', 'nearest', 'detail', 'order', 'ratio', 'replication_order', 'sampling_time',
+           'latent_time', 'agreement', 'uncertainty', 'likelihood', 'noise', 'int8', 'int8_speed', 'faces', 'findings',
+           'findings_table', 'replication_table', 'provenance_table', 'pairs_record', 'show_pairs', 'pictured',
+           'first_page', 'show_gaps']
 
 # %% ../nbs/90e_findings.ipynb #f1d00003
 #| code-fold: true
@@ -206,6 +207,11 @@ def of_one_size(records: list[dict], *experiments: str) -> list[str] | None:
     return None
 
 
+def with_refiner(records: list[dict], *others: str) -> list[str] | None:
+    "As `of_one_size`, of others and the refiner: form 1 with z, or without it where only that has records."
+    return of_one_size(records, *others, REFINER) or of_one_size(records, *others, "diffusevae-form1")
+
+
 def evaluations_of(records: list[dict], experiment: str, options: dict) -> dict[int, dict]:
     "The evaluation of each seed with the main one's options but for these; an option of None is taken away."
     found = {}
@@ -347,8 +353,7 @@ def nearest(records: list[dict], dataset: str) -> tuple[str, int] | None:
        "a VAE and its refiner")
 def detail(records: list[dict], dataset: str) -> tuple[str, int] | None:
     "High-frequency power of a VAE and of the refiner."
-    names = of_one_size(records, "vae", REFINER)
-    mains = _mains(records)
+    names, mains = with_refiner(records, "vae"), _mains(records)
     if not names or not mains.keys() >= set(names):
         return None
     vae, refiner = (_mean(mains[name], "high-frequency power") for name in names)
@@ -381,8 +386,8 @@ def order(records: list[dict], dataset: str) -> tuple[str, int] | None:
 
 @claim("ratio", "How many times further from real images is the VAE than its refinement?", "a VAE and its refiner")
 def ratio(records: list[dict], dataset: str) -> tuple[str, int] | None:
-    "The VAE's distance over that of form 1 + z, beside the same ratio of the replication report."
-    names, mains = of_one_size(records, "vae", REFINER), _mains(records)
+    "The VAE's distance over that of its refiner, beside the same ratio of the replication report."
+    names, mains = with_refiner(records, "vae"), _mains(records)
     if not names or not mains.keys() >= set(names):
         return None
     ours = _mean(mains[names[0]], "FD") / _mean(mains[names[1]], "FD")
@@ -446,7 +451,7 @@ def latent_time(records: list[dict], dataset: str) -> tuple[str, int] | None:
 @claim("agreement", "Does a refinement follow its coarse image?", "agreement of x̂ and refinement")
 def agreement(records: list[dict], dataset: str) -> tuple[str, int] | None:
     "How often shape and hue are kept (Shapes), or how alike the features are (photographs); and of shuffled pairs."
-    [name] = of_one_size(records, REFINER) or [REFINER]
+    [name] = with_refiner(records) or [REFINER]
     answers = answers_of(records, name, "condition_agreement")
     if not answers:
         return None
