@@ -141,7 +141,8 @@ def _with(strategy: str) -> Setting:
 # %% ../nbs/90e_findings.ipynb #621a75ab
 STAGE_1 = (
     Comparison("refiner", "What does the refiner add to its VAE?", (REFINER, {}), ("vae", {})),
-    Comparison("refiner form 1", "What does a refiner without z add to its VAE?", ("diffusevae-form1", {}), ("vae", {})),
+    Comparison("refiner form 1", "What does a refiner without z add to its VAE?", ("diffusevae-form1", {}),
+               ("vae", {})),
     Comparison("ddpm", "Is the hybrid nearer to real images than a plain diffusion model?", (REFINER, {}),
                ("ddpm", {})),
     Comparison("forms", "Does form 2 differ from form 1?", ("diffusevae-form2", {}), ("diffusevae-form1", {})),
@@ -150,11 +151,12 @@ STAGE_1 = (
     Comparison("shift alone", "Does form 2 need x̂ at its input?", ("diffusevae-form2-noconcat", {}),
                ("diffusevae-form2", {})),
     Comparison("mixture", "What does a mixture fitted to the codes change?", (REFINER, MIXTURE), (REFINER, NORMAL)),
-    Comparison("mixture form 1", "What does a mixture fitted to the codes change for form 1?", ("diffusevae-form1", MIXTURE), ("diffusevae-form1", NORMAL)),
+    Comparison("mixture form 1", "What does a mixture fitted to the codes change for form 1?",
+               ("diffusevae-form1", MIXTURE), ("diffusevae-form1", NORMAL)),
     Comparison("mixture against ddpm", "Is the hybrid with fitted codes nearer than a plain diffusion model?",
                (REFINER, MIXTURE), ("ddpm", {})),
-    Comparison("form 1 against ddpm", "Is form 1 with fitted codes nearer than a plain diffusion model?", ("diffusevae-form1", MIXTURE),
-               ("ddpm", {})),
+    Comparison("form 1 against ddpm", "Is form 1 with fitted codes nearer than a plain diffusion model?",
+               ("diffusevae-form1", MIXTURE), ("ddpm", {})),
     Comparison("steps", "What do fewer steps cost?", (REFINER, {"steps": 10, "n": 2_000}),
                (REFINER, {"steps": 50, "n": 2_000})),
 )
