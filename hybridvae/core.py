@@ -550,13 +550,13 @@ def write_record(root: str | Path, record: dict) -> Path:
     missing = [key for key in RECORD_KEYS if key not in record]
     if missing:
         raise ValueError(f"the record of {record.get('experiment')} lacks {', '.join(missing)}")
-    return write_json(record_path(root, record), record | {"checksum": _checksum(record)})
+    plain = json.loads(json.dumps(record))  # as it is read again: tuples are lists, keys are text
+    return write_json(record_path(root, record), plain | {"checksum": _checksum(plain)})
 
 
 def _checksum(record: dict) -> str:
-    "Of a record as it is read again from its file; a hand that changes a number there does not change this."
-    text = json.dumps(json.loads(json.dumps(record)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    "Sixteen hex digits that change with any value of a record, as read from JSON."
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, content: dict) -> Path:
@@ -566,12 +566,20 @@ def write_json(path: Path, content: dict) -> Path:
         tmp.write_text(text + "\n", encoding="utf-8")
     return path
 
-
+# %% ../nbs/00a_core.ipynb #694d1b2a
 def change_json(path: Path, change: Callable[[dict], dict]) -> Path:
-    "Write what a change makes of a JSON file, of {} where there is none; of two at once, one waits for the other."
+    """Write what a change makes of a JSON file, of {} where there is none; of two at once, one waits for the other.
+
+    Raises `HybridVAEError` for a file that holds something else, which stays as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise HybridVAEError(f"{path} is damaged ({error}): choose another file, or remove it.") from error
+        if not isinstance(before, dict):
+            raise HybridVAEError(f"{path} holds no results: choose another file.")
         return write_json(path, change(before))
 
 # %% ../nbs/00a_core.ipynb #cell-033

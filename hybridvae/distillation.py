@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDENTS', 'GO_ON', 'second_weight', 'TwoSteps', 'StudentParts', 'StudentTeaching', 'loss_towards', 'StudentTraining',
            'Student', 'DistilledDDPM', 'DistilledDiffuseVAE', 'student_config', 'student_of', 'ladder', 'TaughtParts',
-           'Taught', 'TaughtTraining', 'CompressedDiffuseVAE', 'WeightInput', 'GuidedLesson', 'GuidedDiffuseVAE',
+           'Taught', 'TaughtTraining', 'CompressedDiffuseVAE', 'WeightInput', 'GuidedTargets', 'GuidedDiffuseVAE',
            'AdversarialParts', 'AdversarialTerms', 'AdversarialDiffuseVAE']
 
 # %% ../nbs/05b_distillation.ipynb #d15b0002
@@ -266,7 +266,7 @@ class Taught(TaughtParts):
     diffusion: GaussianDiffusion
 
     def networks_at(self, x_hat: torch.Tensor, z: torch.Tensor,
-               draws: Draws) -> tuple[Callable, Callable]:
+                    draws: Draws) -> tuple[Callable, Callable]:
         "Student and teacher, as functions (x_t, t) -> prediction."
         return self.denoiser(x_hat, z), self.teacher.denoiser(x_hat, z)
 
@@ -320,11 +320,11 @@ class WeightInput(TaughtTraining):
         return lambda x_t, t: self.unet(x_t, t, cond=cond, z=code, extra=extra)
 
 # %% ../nbs/05b_distillation.ipynb #6c9ce9be
-class GuidedLesson(WeightInput):
+class GuidedTargets(WeightInput):
     "What a guided student is trained on."
 
     def networks_at(self, x_hat: torch.Tensor, z: torch.Tensor,
-               draws: Draws) -> tuple[Callable, Callable]:
+                    draws: Draws) -> tuple[Callable, Callable]:
         "As in `Taught`, each image at a weight drawn from 1 to `most`."
         weight = 1 + (self.most - 1) * draws.rand(len(x_hat))
         given = self.teacher.denoiser(x_hat, z)
@@ -334,7 +334,7 @@ class GuidedLesson(WeightInput):
         return self.at_weight(x_hat, z, weight), guided
 
 # %% ../nbs/05b_distillation.ipynb #e3a18338
-class GuidedDiffuseVAE(GuidedLesson, DiffuseVAE):
+class GuidedDiffuseVAE(GuidedTargets, DiffuseVAE):
     """A `DiffuseVAE` that is guided in one call of its network (Meng et al. 2023).
 
     `guidance_weight` of its samplers is from 1 to `most`. Its teacher has been
@@ -396,9 +396,9 @@ class AdversarialTerms(AdversarialParts, Student):
         y_t = self.diffusion.q_sample(x, t, draws.randn(*x.shape))
         output = self.unet(y_t if shift is None else y_t + shift, t, **given)
         made = self.diffusion.to_x0(output.to(y_t.dtype), y_t, t)
-        real, false = self.discriminate(x), self.discriminate(made.detach())
+        real, fake = self.discriminate(x), self.discriminate(made.detach())
         return {"adversarial": -self.discriminate(made, fixed=True).mean(),
-                "discriminator": (1 - real).relu().mean() + (1 + false).relu().mean()}
+                "discriminator": (1 - real).relu().mean() + (1 + fake).relu().mean()}
 
 # %% ../nbs/05b_distillation.ipynb #ebcc41d3
 class AdversarialDiffuseVAE(AdversarialTerms, DistilledDiffuseVAE):

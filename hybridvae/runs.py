@@ -143,7 +143,8 @@ class Material:
 
     def prior(self, model) -> Prior:
         "The prior of codes, fitted to those of the training images where it is named."
-        return model.sampling_options({"prior": self.codes}, self.train)["prior"] if self.codes else model.vae.prior
+        named = {"prior": self.codes}
+        return model.sampling_options(named, self.train, self.seed)["prior"] if self.codes else model.vae.prior
 
     def parts(self, n: int | None = None, other: int = 0) -> list[tuple[int, Draws]]:
         "n images (as above unless given) in batches: how many, and their source of noise; `other` names other noise."

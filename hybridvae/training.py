@@ -417,7 +417,7 @@ class Processes:
 
 
 @atexit.register
-def _part() -> None:
+def _disconnect() -> None:
     "Ends the threads of the processes' connection: the interpreter, at its own end, now and then aborts on them."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

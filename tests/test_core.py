@@ -546,6 +546,15 @@ def test_those_who_change_a_file_at_once_lose_nothing(tmp_path):
     assert json.loads(path.read_text()) == {str(k): k for k in range(24)}
 
 
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_file_that_holds_no_results_is_named_and_stays(tmp_path, text):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with complains(path, "choose another file"):
+        change_json(path, lambda before: before | {"new": 1})
+    assert path.read_text() == text
+
+
 def _leaves(value, keys=()):
     "The keys that lead to each value of JSON, the inner ones too."
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
