@@ -110,10 +110,10 @@ class References:
     def caption(self, source: str) -> str | None:
         "The caption of a code cell's figure or table, in markdown; None where it has none."
         options = dict(re.findall(r"^#\|\s*([\w-]+):\s*(.*)$", source, flags=re.M))
-        for kind in ("fig", "tbl"):
+        for kind, place in (("fig", "below"), ("tbl", "above")):
             if f"{kind}-cap" in options:
                 label, text = options.get("label", ""), options[f"{kind}-cap"].strip("\"'")
-                return f'<a id="{label}"></a>**{self.labels.get(label, KINDS[kind])}.** {text}'
+                return f'<a id="{label}" class="{place}"></a>**{self.labels.get(label, KINDS[kind])}.** {text}'
         return None
 
 # %% ../nbs/90d_report.ipynb #1aace2e4
@@ -171,16 +171,30 @@ main { max-width: 62rem; margin: 0 auto; padding: 0 1rem 4rem; font-size: 16px; 
   text-align: left !important; }
 .jp-RenderedImage img, .jp-RenderedHTMLCommon img { max-width: 100%; height: auto; }
 .jp-RenderedSVG { overflow-x: auto; }
-.jp-RenderedSVG svg { max-width: 100%; min-width: 28rem; height: auto; }
+.jp-RenderedSVG svg, .jp-RenderedSVG img { max-width: 100%; min-width: 28rem; height: auto; }
 .jp-InputPrompt, .jp-OutputPrompt, .jp-Collapser, .anchor-link { display: none; }
 math[display="block"] { overflow-x: auto; overflow-y: hidden; padding: 0.3em 0; }
 .number { float: right; margin-top: -1.9em; }
 .switch { position: sticky; top: 0; z-index: 9; background: white; text-align: right; padding: 0.3rem 1rem;
   font: 14px sans-serif; }
 body:not(:has(#show-code:checked)) .jp-CodeCell > .jp-Cell-inputWrapper { display: none; }
-@media print { .switch { display: none; } .jp-RenderedHTMLCommon table { display: table; font-size: 9px; }
-  .jp-RenderedHTMLCommon { font-size: 11pt; } .jp-RenderedImage, tr { break-inside: avoid; }
-  details::details-content { content-visibility: visible; display: block; } h2, h3, h4 { break-after: avoid; } }
+@page { size: A4; margin: 18mm 16mm; }
+@media print {
+  .switch { display: none; }
+  main { max-width: none; padding: 0; }
+  .jp-RenderedHTMLCommon { font-size: 10.5pt; line-height: 1.4; }
+  .jp-Cell, .jp-Notebook { padding: 0; }
+  .jp-RenderedHTMLCommon table { display: table; table-layout: auto; width: auto; font-size: 6.6pt; line-height: 1.25; }
+  .jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th { padding: 0.15em 0.35em; }
+  .jp-RenderedHTMLCommon tbody th { min-width: 7em; }
+  .jp-RenderedSVG, .jp-OutputArea-output, .jp-OutputArea-child { overflow: visible; }
+  .jp-RenderedSVG svg, .jp-RenderedSVG img { min-width: 0; max-width: 100%; max-height: 225mm; object-fit: contain; }
+  .jp-RenderedImage img { max-height: 200mm; }
+  .jp-RenderedImage, .jp-RenderedSVG, .jp-OutputArea-child:has(img), tr, li, math { break-inside: avoid; }
+  h1, h2, h3, h4, p:has(> strong:only-child), .jp-Cell:has(.above) { break-after: avoid; }
+  .jp-CodeCell:has(+ .jp-Cell .below) { break-after: avoid; }
+  details::details-content { content-visibility: visible; display: block; }
+}
 </style>"""
 SWITCH = '<div class="switch"><label><input type="checkbox" id="show-code"> Show the code</label></div>'
 
