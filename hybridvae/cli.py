@@ -756,7 +756,7 @@ PROFILED = ["ddpm", "diffusevae-form1", "latent", "latent-mlp"]  # experiments, 
 What = Annotated[Literal["peers", "growth", "times", "profile", "int8"], typer.Argument(
     help="other libraries; by size; all models' sampling; operators; a U-Net in int8")]
 TimedWeights = Annotated[str, typer.Option(help="int8: a .safetensors file, or a shipped name")]
-TimedOn = Annotated[str, typer.Option(help="times, profile: shapes, cifar10, celeba64 or celeba256")]
+TimedOn = Annotated[str, typer.Option(help="times, profile: scenes, shapes, cifar10, celeba64 or celeba256")]
 TimedOnly = Annotated[list[str] | None, typer.Option(help="times, profile: only these, * for letters")]
 TimedBatch = Annotated[int | None, typer.Option(min=1, help="not growth: images at a time")]
 Rounds = Annotated[int | None, typer.Option(min=1, help="not profile: how often each is timed")]

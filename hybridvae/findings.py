@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LEAST_IMAGES', 'DIGITS', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE', 'NORMAL', 'TEN', 'CHOSEN', 'STAGE_1',
-           'STAGES_2_AND_3', 'BONUS', 'ACCELERATION', 'COMPARISONS', 'CLAIMS', 'VARIANTS', 'REPLICATION',
-           'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'number', 'Gap', 'Finding', 'trained',
-           'nothing', 'Comparison', 'of_one_size', 'with_refiner', 'evaluations_of', 'metric_of', 'gap_between',
-           'compared', 'claim', 'nearest', 'detail', 'order', 'ratio', 'replication_order', 'sampling_time',
-           'latent_time', 'agreement', 'uncertainty', 'likelihood', 'noise', 'int8', 'int8_speed', 'faces', 'findings',
-           'findings_table', 'replication_table', 'provenance_table', 'pairs_record', 'show_pairs', 'pictured',
-           'first_page', 'show_gaps']
+           'FITTED_CODES', 'STAGES_2_AND_3', 'BONUS', 'ACCELERATION', 'COMPARISONS', 'CLAIMS', 'VARIANTS',
+           'REPLICATION', 'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'number', 'Gap', 'Finding',
+           'trained', 'nothing', 'Comparison', 'of_one_size', 'with_refiner', 'evaluations_of', 'metric_of',
+           'gap_between', 'compared', 'claim', 'nearest', 'detail', 'order', 'ratio', 'replication_order',
+           'sampling_time', 'latent_time', 'agreement', 'uncertainty', 'likelihood', 'noise', 'int8', 'int8_speed',
+           'faces', 'findings', 'findings_table', 'replication_table', 'provenance_table', 'pairs_record', 'show_pairs',
+           'pictured', 'first_page', 'show_gaps']
 
 # %% ../nbs/90e_findings.ipynb #f1d00003
 #| code-fold: true
@@ -135,8 +135,8 @@ class Comparison:
     note: str = ""  # what a reader of the sentence must know beside
 
 
-def _with(strategy: str) -> Setting:
-    return "adaptive-normal", TEN | STRATEGIES[strategy]
+def _with(strategy: str, **options) -> Setting:
+    return "adaptive-normal", TEN | STRATEGIES[strategy] | options
 
 # %% ../nbs/90e_findings.ipynb #621a75ab
 STAGE_1 = (
@@ -161,6 +161,17 @@ STAGE_1 = (
                (REFINER, {"steps": 50, "n": 2_000})),
 )
 
+# %% ../nbs/90e_findings.ipynb #c5623665
+FITTED_CODES = (  # on Scenes; nothing was chosen there
+    Comparison("adaptive fitted", "Does adaptive conditioning strength help with fitted codes?",
+               _with("adaptive strength", **MIXTURE), _with("full conditioning", **MIXTURE)),
+    Comparison("adaptive fitted control", "With fitted codes, does it matter which images are conditioned less?",
+               _with("adaptive strength", **MIXTURE), _with("shuffled strength", **MIXTURE)),
+    Comparison("adaptive variance", "With fitted codes, is the posterior's variance worth acting on?",
+               _with("adaptive strength", uncertainty="re-encode", **MIXTURE),
+               _with("shuffled strength", uncertainty="re-encode", **MIXTURE)),
+)
+
 # %% ../nbs/90e_findings.ipynb #f1d0000d
 STAGES_2_AND_3 = (
     Comparison("joint", "Does joint training help, with fitted codes?", ("joint-b16-10", MIXTURE),
@@ -169,6 +180,8 @@ STAGES_2_AND_3 = (
                ("joint-b8-two-stage", NORMAL), CHOSEN),
     Comparison("joint sweep", "Does a gradient to the VAE help, at the weight 10?", ("joint-10", MIXTURE),
                ("joint-none", MIXTURE)),
+    Comparison("joint sweep normal", "What does that gradient do with codes of N(0, I)?", ("joint-10", NORMAL),
+               ("joint-none", NORMAL)),
     Comparison("flow prior", "What does a flow-based prior change?", ("flow-form1", {}), ("diffusevae-form1", NORMAL)),
     Comparison("flow against mixture", "Does a trained flow beat a mixture that is fitted afterwards?",
                ("flow-form1", {}), ("diffusevae-form1", MIXTURE)),
@@ -196,7 +209,7 @@ ACCELERATION = (
     Comparison("pca faces", "What does guidance by a quarter of the components cost, on faces?", ("pca-k32", {}),
                ("pca-k128", {})),
 )
-COMPARISONS = STAGE_1 + STAGES_2_AND_3 + BONUS + ACCELERATION
+COMPARISONS = STAGE_1 + STAGES_2_AND_3 + FITTED_CODES + BONUS + ACCELERATION
 
 # %% ../nbs/90e_findings.ipynb #f1d0000e
 def of_one_size(records: list[dict], *experiments: str) -> list[str] | None:
