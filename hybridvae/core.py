@@ -16,6 +16,7 @@ __all__ = ['Source', 'MODELS', 'SIZES', 'RECORD_KEYS', 'INT8_SUFFIX', 'INT4', 'I
 import contextlib
 import copy
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -25,6 +26,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -409,6 +411,12 @@ def _name_images(axis, kind: str, names: Sequence[str], pixels: int, size: int) 
     axis.set_ticks([k * (size + 1) + (size - 1) / 2 for k in range(len(names))], list(names))
 
 
+def _wrapped(text: str, letters: float) -> str:
+    "A text in lines of at most so many letters, cut at spaces; its own lines stay."
+    fill = functools.partial(textwrap.fill, width=max(int(letters), 1), break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(fill, text.split("\n")))
+
+
 def show_images(
     images: torch.Tensor,  # (N, C, H, W), uint8 or float in [-1, 1]
     title: str = "",  # what to see
@@ -420,20 +428,28 @@ def show_images(
     "Draw a grid with matplotlib and return its axes. Raises `HybridVAEError` where names and images differ in number."
     import matplotlib.pyplot as plt
 
-    names = () if isinstance(columns, int) else columns
+    names = [] if isinstance(columns, int) else list(columns)
     picture = image_grid(images, columns if isinstance(columns, int) else len(columns))
-    (height, width), shape = picture.shape[:2], images.shape[-2:]
+    (height, width), shape, font = picture.shape[:2], images.shape[-2:], 12.0
     if ax is None:
         zoom = zoom or min(max(96 / max(shape), 1.5), 800 / width)  # a page is about 800 wide
-        size = (width * zoom / 72 + 0.1 * max(map(len, rows), default=0), height * zoom / 72 + 0.3 * (1 + bool(names)))
+        font = max(font, width * zoom / 42)  # can still be read where a phone shows the picture 350 wide
+        letters = zoom / (0.6 * font)  # to a pixel of an image
+        title, names = _wrapped(title, width * letters), [_wrapped(name, shape[1] * letters) for name in names]
+        rows = [_wrapped(name, 12) for name in rows]
+        left = 0.6 * font * max((len(line) for name in rows for line in name.split("\n")), default=0)
+        above = 1.4 * font * sum(max((len(text.split("\n")) for text in texts if text), default=0)
+                                 for texts in ([title], names))
+        size = (width * zoom + left) / 72, (height * zoom + above + 6) / 72
         ax = plt.subplots(figsize=size, layout="constrained")[1]
+        ax.set_anchor("SE")  # what is to spare is the names' and the title's
     ax.imshow(picture, interpolation="nearest")
     _name_images(ax.yaxis, "rows", rows, height, shape[0])
     _name_images(ax.xaxis, "columns", names, width, shape[1])
     ax.xaxis.tick_top()
-    ax.tick_params(length=0, labelsize=12)
+    ax.tick_params(length=0, labelsize=font)
     ax.set_frame_on(False)
-    ax.set_title(title, fontsize=12)
+    ax.set_title(title, fontsize=font)
     return ax
 
 # %% ../nbs/00a_core.ipynb #cell-024

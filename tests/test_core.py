@@ -419,6 +419,19 @@ def test_a_grid_without_names_has_none_and_is_large_unless_told_otherwise():
     assert show_images(torch.zeros(2, 3, 32, 32), zoom=1).figure.get_figwidth() * 72 == pytest.approx(65)
 
 
+def test_names_of_a_wide_grid_can_be_read_on_a_phone_and_do_not_meet():
+    names = [f"noise number {n}" for n in range(8)]
+    ax = show_images(torch.zeros(16, 3, 32, 32), "a title of " + "many words " * 20, columns=names, rows=["a", "b " * 9])
+    figure = ax.figure
+    figure.canvas.draw()
+    drawn = [label.get_window_extent() for label in ax.get_xticklabels(which="both") if label.get_text()]
+    labels = [label for label in ax.get_xticklabels() + ax.get_yticklabels() + [ax.title] if label.get_text()]
+    assert min(label.get_fontsize() for label in labels) * 350 / (figure.get_figwidth() * 72) > 7
+    assert all(a.x1 <= b.x0 for a, b in zip(drawn, drawn[1:]))
+    assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+               for box in (label.get_window_extent() for label in labels))
+
+
 @pytest.mark.parametrize("names", [{"rows": ["x"]}, {"columns": ["a", "b", "c", "d"], "rows": ["x", "y", "z"]}])
 def test_names_of_another_number_than_the_rows_are_refused(names):
     with pytest.raises(HybridVAEError, match="rows has . names for 2 rows of images: give one for each"):
