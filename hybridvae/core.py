@@ -7,9 +7,10 @@ __all__ = ['Source', 'MODELS', 'SIZES', 'RECORD_KEYS', 'INT8_SUFFIX', 'INT4', 'I
            'HybridVAEError', 'reason', 'user_path', 'env_path', 'atomic_path', 'InUse', 'sole_use', 'derive_seed',
            'Draws', 'image_draws', 'randn', 'rand', 'choose', 'Recorded', 'Model', 'UnknownModel', 'model_class',
            'build_model', 'count_parameters', 'count_flops', 'to_float', 'to_uint8', 'image_grid', 'show_images',
-           'save_grid', 'config_hash', 'weights_hash', 'package_folder', 'project_root', 'weights_folder',
-           'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'write_json', 'change_json',
-           'load_record', 'load_records', 'save_model', 'int8_weight', 'load_model', 'load', 'budget', 'exercise']
+           'save_grid', 'config_hash', 'weights_hash', 'file_hash', 'package_folder', 'project_root', 'weights_folder',
+           'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'sealed', 'write_json',
+           'change_json', 'read_json', 'load_record', 'load_records', 'save_model', 'int8_weight', 'load_model',
+           'load_trained', 'load', 'budget', 'exercise']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 #| code-fold: true
@@ -475,6 +476,12 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 
+
+def file_hash(path: str | Path) -> str:
+    "Sixteen hex digits over a file's bytes."
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
 # %% ../nbs/00a_core.ipynb #cell-030
 def package_folder() -> Path:
     "The folder of the package's modules."
@@ -566,13 +573,18 @@ def write_record(root: str | Path, record: dict) -> Path:
     missing = [key for key in RECORD_KEYS if key not in record]
     if missing:
         raise ValueError(f"the record of {record.get('experiment')} lacks {', '.join(missing)}")
-    plain = json.loads(json.dumps(record))  # as it is read again: tuples are lists, keys are text
-    return write_json(record_path(root, record), plain | {"checksum": _checksum(plain)})
+    return write_json(record_path(root, record), sealed(record))
 
 
-def _checksum(record: dict) -> str:
-    "Sixteen hex digits that change with any value of a record, as read from JSON."
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+def sealed(content: dict) -> dict:
+    "JSON-able content as it is read again, with a checksum, by which `read_json` notices any change."
+    plain = json.loads(json.dumps(content))  # tuples are lists, keys are text
+    return plain | {"checksum": _checksum(plain)}
+
+
+def _checksum(plain: dict) -> str:
+    "Sixteen hex digits that change with any value of what was read from JSON."
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, content: dict) -> Path:
@@ -599,18 +611,32 @@ def change_json(path: Path, change: Callable[[dict], dict]) -> Path:
         return write_json(path, change(before))
 
 # %% ../nbs/00a_core.ipynb #cell-033
+def read_json(
+    path: Path,  # a JSON file of the package
+    *keys: str,  # that it must have
+    again: str = "run again",  # what to do after it was removed
+) -> dict:
+    """The content of a JSON file, without its checksum.
+
+    Raises `HybridVAEError` where it is damaged, lacks a key, or was changed after it was written with a checksum.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for key in keys:
+            content[key]
+        checksum = content.pop("checksum", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or reason(error).rstrip(".")
+        raise HybridVAEError(f"{path} is damaged ({why}): remove it and {again}.") from error
+    if checksum not in (None, _checksum(content)):  # None: written before there were any
+        raise HybridVAEError(f"{path} was changed after it was written, or is damaged: bring back the file as it was, "
+                             f"or remove it and {again}.")
+    return content
+
+
 def load_record(path: Path) -> dict:
     "One record. Raises `HybridVAEError` for a file that is none, or that was changed after it was written."
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["experiment"], record["dataset"], record["subset"], record["seed"]
-        checksum = record.pop("checksum", None)
-    except (ValueError, KeyError, TypeError) as error:
-        raise HybridVAEError(f"{path} is not a run record ({error}): remove it and run its entry again.") from error
-    if checksum not in (None, _checksum(record)):  # None: written before there were any
-        raise HybridVAEError(f"{path} was changed after it was written, or is damaged: bring back the file as it was, "
-                             "or remove it and run its entry again.")
-    return record
+    return read_json(path, "experiment", "dataset", "subset", "seed", again="run its entry again")
 
 
 def load_records(*roots: str | Path) -> list[dict]:
@@ -750,7 +776,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
             stored = {name: file.get_tensor(name) for name in file.keys()}
         _check_size(config, sum(t.numel() for t in stored.values()))
         model = build_model(config)
-        state = _from_int8(_from_int4(stored, model.state_dict()))
+        own = model.state_dict()
+        state = _from_int8(_from_int4(stored, own))
+        strange = [name for name, t in state.items()
+                   if name in own and t.is_floating_point() != own[name].is_floating_point()]
+        if strange:
+            raise ValueError(f"{strange[0]} has numbers of the type {state[strange[0]].dtype}")
         damaged = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
         if damaged:
             raise ValueError(f"{damaged[0]} has numbers that are not finite")
@@ -762,6 +793,18 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
         raise HybridVAEError(f"{path} does not hold a hybridvae model ({reason(error).rstrip('.')}): "
                              "train or download it again.") from error
     return model.eval().to(device)
+
+
+def load_trained(folder: Path, known: dict) -> Model:
+    """The model of a finished training, whose `weights_hash` is `known`; without one (of an older run) any.
+
+    Raises `HybridVAEError` where the folder has other weights.
+    """
+    model = load_model(folder / "model.safetensors")
+    if known.get("weights_hash") not in (None, weights_hash(model)):
+        raise HybridVAEError(f"the weights in {folder} are not those that were trained there: bring back "
+                             "model.safetensors as it was, or remove the folder and train again.")
+    return model
 
 # %% ../nbs/00a_core.ipynb #51ca2641
 def load(

@@ -9,15 +9,14 @@ __all__ = ['PRESETS_BY_SIZE', 'fitted_preset', 'new_model', 'train_model', 'OwnT
 # %% ../nbs/90c_custom.ipynb #a0c10b95
 #| code-fold: true
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
 
 from .campaign import load_stages
 from .core import (HybridVAEError, Model, build_model, count_parameters, default_device, derive_seed,
-                            image_draws, load_model, provenance, save_grid, save_model, sole_use, weights_hash,
-                            write_json)
+                            image_draws, load_trained, provenance, read_json, save_grid, save_model, sealed, sole_use,
+                            weights_hash, write_json)
 from .data import Batches, ImageData, load_data
 from .experiments import PRESETS
 from .distillation import GO_ON, ladder, student_of
@@ -88,15 +87,12 @@ def _known(note: Path, identity: dict) -> dict:
 
     Raises `HybridVAEError` where it is that of another run.
     """
-    try:
-        known = json.loads(note.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not note.exists():
         return {}
-    except (OSError, ValueError):
-        known = None  # damaged
+    known = read_json(note)
     images = {key: identity[key] for key in ("dataset", "data", "data_hash")}
     config = {key: value for key, value in identity.items() if key not in images}
-    check_same_run(note.parent, known if isinstance(known, dict) else {}, config, images)
+    check_same_run(note.parent, known, config, images)
     return known
 
 # %% ../nbs/90c_custom.ipynb #60aa8dd8
@@ -122,15 +118,15 @@ def train_model(
         identity = _identity(model, config, images[0], seed)
         known = _known(note, identity)
         if "weights_hash" in known and (out / "model.safetensors").exists():
-            model.load_state_dict(load_model(out / "model.safetensors").state_dict())
+            model.load_state_dict(load_trained(out, known).state_dict())
             return True
-        write_json(note, identity)
+        write_json(note, sealed(identity))
         result = train(model, images[0], config, out, seed, images[1], minutes, cpu=cpu, progress=progress)
         if result.finished:
             save_model(model, out / "model.safetensors")
             _say_what_is_dead(model, images[1])
             _save_samples(model, out, seed)
-            write_json(note, identity | _measured(model, config, result))
+            write_json(note, sealed(identity | _measured(model, config, result)))
         return result.finished
 
 # %% ../nbs/90c_custom.ipynb #6fdff52c

@@ -6,7 +6,7 @@
 __all__ = ['SHAPE_NAMES', 'FACTORS', 'SHAPES_SIZES', 'SCENE_FACTORS', 'TURNS', 'MAP_ABOVE', 'CIFAR10_CLASSES', 'CIFAR10_SIZES',
            'CELEBA_IMAGES', 'CELEBA_LAST_TRAIN', 'DATASETS', 'IMAGE_SUFFIXES', 'shapes_factors', 'draw_shapes',
            'ImageData', 'load_shapes', 'draw_scenes', 'load_scenes', 'factor_targets', 'data_root', 'read_array',
-           'prepare_cifar10', 'load_cifar10', 'crop_celeba', 'prepare_celeba', 'load_celeba', 'open_image',
+           'read_npz', 'prepare_cifar10', 'load_cifar10', 'crop_celeba', 'prepare_celeba', 'load_celeba', 'open_image',
            'crop_square', 'prepare_folder', 'load_folder', 'prepared_names', 'load_data', 'EpochOrder', 'Batches']
 
 # %% ../nbs/00b_data.ipynb #cell-002
@@ -17,8 +17,10 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -356,6 +358,37 @@ def read_array(
         raise HybridVAEError(f"{path} has values from {array.min()} to {array.max()}, but {low} to {high} are allowed: "
                              f"{remedy}")
     return array
+
+# %% ../nbs/00b_data.ipynb #e5e5b2d9
+def read_npz(
+    path: Path,  # a .npz file
+    name: str,  # of the array
+    shape: tuple,  # that it must have; None: any size
+    dtype: type = np.uint8,  # that it must have
+    remedy: str = "remove it and run again",  # what to do where it is not so
+) -> np.ndarray:
+    "An array of an archive. Raises `HybridVAEError` where the file is damaged, lacks it, or holds something else."
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        with zipfile.ZipFile(path) as file:
+            with file.open(f"{name}.npy") as part:
+                have, _, kind = readers[np.lib.format.read_magic(part)](part)
+                size = part.tell() + math.prod(have) * kind.itemsize
+            fits = len(have) == len(shape) and all(want in (None, number) for want, number in zip(shape, have))
+            if not fits or kind != dtype:
+                want = " x ".join("N" if s is None else str(s) for s in shape) or "()"
+                raise HybridVAEError(f"{path} holds {kind} of shape {have}, but {np.dtype(dtype)} of shape {want} is "
+                                     f"needed: {remedy}.")
+            if size != file.getinfo(f"{name}.npy").file_size:
+                raise ValueError("it is not whole")
+            with file.open(f"{name}.npy") as part:
+                array = np.lib.format.read_array(part, allow_pickle=False)
+                part.read(1)  # at the end the checksum is compared
+                return array
+    except HybridVAEError:
+        raise
+    except Exception as error:  # NumPy, zipfile and zlib have kinds of their own for files that are damaged
+        raise HybridVAEError(f"{path} cannot be used ({reason(error).rstrip('.')}): {remedy}.") from error
 
 # %% ../nbs/00b_data.ipynb #cell-028
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -774,13 +807,26 @@ def _refuse_failed(failed: list[tuple[Path, Exception]], total: int, source: Pat
                              "size, or remove them.")
 
 # %% ../nbs/00b_data.ipynb #cell-047
+def _height(path: Path) -> int | None:
+    "Of the images in an array, from its header; None where that cannot be read."
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).shape[1]
+    except Exception:  # loading that split says what is wrong
+        return None
+
+
 def load_folder(name: str, split: str, root: Path | None = None) -> ImageData:
     "A split of a data set made by `prepare_folder`. Raises `HybridVAEError` where its arrays are damaged."
-    path = (root or data_root()) / name / f"{split}_images.npy"
+    folder = (root or data_root()) / name
+    path = folder / f"{split}_images.npy"
     images = read_array(path, (None, None, None, 3))
     if images.shape[1] != images.shape[2]:
         raise HybridVAEError(f"{path} holds images of {images.shape[2]} x {images.shape[1]} pixels, but they must be "
                              "square: remove that folder and prepare the data set again.")
+    train, test = (_height(folder / f"{part}_images.npy") for part in ("train", "test"))
+    if None not in (train, test) and train != test:
+        raise HybridVAEError(f"{folder} holds training and held-out images of {train} and {test} pixels: remove that "
+                             "folder and prepare the data set again.")
     crop = ": central square, resized with antialiasing" if (path.parent / "origin.json").exists() else ""
     return ImageData(name, split, images, description=_describe(name, split, len(images), note=crop))
 

@@ -15,7 +15,6 @@ __all__ = ['LEAST_IMAGES', 'DIGITS', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE',
 # %% ../nbs/90e_findings.ipynb #f1d00003
 #| code-fold: true
 import dataclasses
-import json
 import math
 import statistics
 import textwrap
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .adaptive import STRATEGIES
+from .core import read_json
 from .entries import options_of
 from .evaluation import UNIFORM_BITS, Setting, family, label, palette
 from .metrics import paired_family
@@ -528,7 +528,7 @@ def noise(records: list[dict], dataset: str) -> tuple[str, int] | None:
 def _json(name: str) -> dict:
     "A committed file of results beside the records; empty where there is none."
     path = Path(results_folder()) / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 @claim("int8", "What do weights and activations in int8 cost?", "quantised weights")

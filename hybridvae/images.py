@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .core import HybridVAEError, atomic_path, image_grid, reason, to_uint8
-from .data import IMAGE_SUFFIXES, crop_square, open_image
+from .core import HybridVAEError, atomic_path, image_grid, to_uint8
+from .data import IMAGE_SUFFIXES, crop_square, open_image, read_npz
 
 # %% ../nbs/00b_images.ipynb #23e3e8ee
 PICTURES = (".png", ".jpg", ".jpeg")  # suffixes of grids
@@ -156,12 +156,5 @@ def image_batches(
 # %% ../nbs/00b_images.ipynb #14375f7d
 def _read_array(path: Path, image_size: int) -> np.ndarray:
     "The array `arr_0` of an .npz file, uint8 (N, image_size, image_size, 3)."
-    try:
-        array = np.load(path, allow_pickle=False)["arr_0"]
-    except Exception as error:  # NumPy, zipfile and zlib have kinds of their own for files that are damaged
-        raise HybridVAEError(f"{path} cannot be used ({reason(error)}): give an .npz file with an array arr_0, as "
-                             "`hybridvae sample` writes.") from error
-    if array.dtype != np.uint8 or array.shape[1:] != (image_size, image_size, 3):
-        raise HybridVAEError(f"{path} holds {array.dtype} of shape {array.shape}, but uint8 of shape N x {image_size} "
-                             f"x {image_size} x 3 is needed for this data set: make images of that size.")
-    return array
+    return read_npz(path, "arr_0", (None, image_size, image_size, 3), remedy="give an .npz file with an array arr_0 of "
+                    "such images, as `hybridvae sample` writes for this data set")

@@ -11,7 +11,6 @@ __all__ = ['REAL', 'QUALITIES', 'PAGE', 'cut_grid', 'rating_sets', 'draw_pairs',
 import base64
 import csv
 import io
-import json
 import random
 from collections import Counter, defaultdict
 from itertools import combinations
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .core import HybridVAEError, atomic_path, provenance, write_json
+from .core import HybridVAEError, atomic_path, provenance, read_json, reason, sealed, write_json
 from .data import load_data
 from .evaluation import label
 from .records import all_records, grid_of
@@ -149,7 +148,7 @@ def write_rating(sets: dict[str, torch.Tensor], folder: str | Path, n: int = 60,
     for name, text in (("rate.html", page), ("choices.csv", blank)):
         with atomic_path(folder / name) as file:
             file.write_text(text, encoding="utf-8")
-    write_json(folder / "key.json", {"seed": seed, "pairs": pairs})
+    write_json(folder / "key.json", sealed({"seed": seed, "pairs": pairs}))
     return folder / "rate.html"
 
 # %% ../nbs/90f_rating.ipynb #0a7e000d
@@ -158,14 +157,17 @@ def read_choices(path: Path, n: int) -> tuple[str, dict[int, dict[str, str]]]:
 
     Raises `HybridVAEError` for an unknown choice, a pair that does not exist, or a table of several raters.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise HybridVAEError(f"{path} cannot be read ({reason(error)}): give a table as text, with commas.") from error
     if not rows or not {"pair", *QUALITIES} <= rows[0].keys():
         raise HybridVAEError(f"{path} is no table of choices: its columns must be pair, {', '.join(QUALITIES)}, rater.")
     found: dict[int, dict[str, str]] = {}
     for row in rows:
-        if not row["pair"].isdigit() or not 1 <= int(row["pair"]) <= n:
-            raise HybridVAEError(f"{path} names the pair {row['pair']!r}: there are pairs 1 to {n}.")
+        if row["pair"] not in map(str, range(1, n + 1)):
+            raise HybridVAEError(f"{path} names the pair {str(row['pair'])[:20]!r}: there are pairs 1 to {n}.")
         given = {q: row[q].strip().lower() for q in QUALITIES if (row[q] or "").strip()}
         for value in given.values():
             if value not in ("a", "b", "equal"):
@@ -177,6 +179,16 @@ def read_choices(path: Path, n: int) -> tuple[str, dict[int, dict[str, str]]]:
     return next(iter(raters), path.stem), found
 
 # %% ../nbs/90f_rating.ipynb #0a7e000e
+def _read_key(path: Path) -> list[dict[str, str]]:
+    "Of each pair the names of its sets, by side. Raises `HybridVAEError` where the file is damaged."
+    again = f"run `hybridvae rate --out {path.parent}` again"
+    pairs = read_json(path, "pairs", again=again)["pairs"]
+    try:
+        return [{side: str(pair[side][0]) for side in "ab"} for pair in pairs]
+    except (TypeError, KeyError, IndexError) as error:
+        raise HybridVAEError(f"{path} is damaged (it has no pairs of pictures): remove it and {again}.") from error
+
+
 def rating_table(folder: str | Path) -> tuple["pandas.DataFrame", Counter]:
     """Shares by model and quality from all tables `choices*.csv` in a folder, and how many pairs each rater rated.
 
@@ -188,7 +200,7 @@ def rating_table(folder: str | Path) -> tuple["pandas.DataFrame", Counter]:
     folder = Path(folder)
     if not (folder / "key.json").exists():
         raise HybridVAEError(f"{folder} has no key.json: `hybridvae rate --out {folder}` writes it with the pictures.")
-    pairs = json.loads((folder / "key.json").read_text(encoding="utf-8"))["pairs"]
+    pairs = _read_key(folder / "key.json")
     raters: Counter = Counter()
     won: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for path in sorted(folder.glob("choices*.csv")):
@@ -197,7 +209,7 @@ def rating_table(folder: str | Path) -> tuple["pandas.DataFrame", Counter]:
         for number, given in choices.items():
             for quality, value in given.items():
                 for side in "ab":
-                    won[pairs[number - 1][side][0], quality] += [value == side] if value != "equal" else []
+                    won[pairs[number - 1][side], quality] += [value == side] if value != "equal" else []
     raters = +raters  # without those who chose nothing
     if not raters:
         raise HybridVAEError(f"nobody has chosen yet: open {folder / 'rate.html'}, and put the table that it saves "

@@ -22,15 +22,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .core import (Draws, Model, Source, atomic_path, build_model, config_hash, count_flops, count_parameters,
-                            default_device, derive_seed, device_name, image_draws, load_model, provenance, record_path,
-                            reason, save_grid, save_model, sole_use, to_uint8, weights_hash, write_json, write_record,
-                            HybridVAEError)
-from .data import Batches, ImageData, data_root, load_data
+                            default_device, derive_seed, device_name, image_draws, load_model, load_trained, provenance,
+                            read_json, record_path, save_grid, save_model, sealed, sole_use, to_uint8, weights_hash,
+                            write_json, write_record, HybridVAEError)
+from .data import CELEBA_IMAGES, Batches, ImageData, data_root, load_data, read_array, read_npz
 from .entries import Entry, find_entry, options_of, studied_with
 from .features import FEATURE_WEIGHTS, FeatureModel, is_feature_network, load_features, shipped_features
 from .metrics import (ImageStatistics, compare, describe, distance_floors, distance_scale, load_inception)
 from .priors import Prior
-from .records import outdated, read_json, recorded
+from .records import outdated, recorded
 from .training import (COMPILE_FROM, Processes, TrainConfig, TrainResult, autocast, check_same_run,
                                 choose_compile, choose_precision, compile_networks, eager, peak_memory, train)
 
@@ -41,14 +41,21 @@ def _drawn(model: Model, batch: int, source: Source, arguments: dict, precision:
         return to_uint8(model.sample(batch, generator=source, **arguments)).cpu()
 
 
-def _timed(draw: Callable[[], torch.Tensor], file: Path | None, check: Callable) -> tuple[torch.Tensor, float]:
-    "The images of a batch and the seconds that they took: read from the file, or drawn and kept in it."
-    if file and file.exists():
-        try:
-            with np.load(file, allow_pickle=False) as kept:
-                return torch.from_numpy(kept["images"]), float(kept["seconds"])
-        except Exception as error:  # NumPy, zipfile and zlib have kinds of their own for files that are damaged
-            raise HybridVAEError(f"{file} is damaged ({reason(error)}): remove it and run again.") from error
+def _kept(file: Path, shape: tuple[int, ...]) -> tuple[torch.Tensor, float] | None:
+    "The images of this shape in a file, and the seconds that they took; None where it does not hold just that."
+    with contextlib.suppress(HybridVAEError):
+        images, seconds = read_npz(file, "images", shape), read_npz(file, "seconds", (), np.float64)
+        if 0 <= seconds < float("inf"):
+            return torch.from_numpy(images), float(seconds)
+    return None
+
+
+def _timed(draw: Callable[[], torch.Tensor], file: Path | None, check: Callable,
+           shape: tuple[int, ...]) -> tuple[torch.Tensor, float]:
+    "The images of a batch, of this shape, and the seconds that they took: read from the file, or drawn and kept in it."
+    kept = _kept(file, shape) if file and file.exists() else None
+    if kept:
+        return kept
     check()
     begun = time.monotonic()
     images = draw()
@@ -83,7 +90,7 @@ def _keep_features(path: Path, networks: Sequence[nn.Module], statistics: list[I
     half = {str(network.name): each.features.half().numpy() for network, each in zip(networks, statistics)}
     arrays = {"texture": statistics[0].texture.half().numpy(), **half}
     with atomic_path(path) as tmp:
-        np.savez(tmp, allow_pickle=True, **arrays)
+        np.savez(tmp, allow_pickle=False, **arrays)
 
 # %% ../nbs/00i_runs.ipynb #cell-009
 def evaluate(
@@ -115,7 +122,7 @@ def evaluate(
                       disable=not progress or processes.rank, mininterval=1):
         source = image_draws(seed, start, start + batch)
         draw = functools.partial(_drawn, model, batch, source, arguments, precision)
-        images, taken = _timed(draw, keep and keep / f"{start}.npz", check)
+        images, taken = _timed(draw, keep and keep / f"{start}.npz", check, (batch, *model.image_shape))
         seconds.append(taken)
         for each in statistics:
             each.add(images[:n - start])
@@ -257,7 +264,7 @@ def _round_to_half(model: Model) -> None:
 def _keep(model: Model, folder: Path, dtype: torch.dtype | None, trained: dict) -> None:
     "Write trained weights, then what their training cost."
     save_model(model, folder / "model.safetensors", dtype)
-    write_json(folder / "trained.json", trained)
+    write_json(folder / "trained.json", sealed(trained | {"weights_hash": weights_hash(model)}))
 
 
 def _trained(entry: Entry, result: TrainResult, parents: dict[str, str], data: ImageData, device: torch.device) -> dict:
@@ -325,7 +332,7 @@ class _Fitting(_Steps):
         trained = read_json(folder / "trained.json", "config_hash", "compiled")
         images = {"data_hash": _images(*_key(entry))[0].fingerprint}
         check_same_run(folder, trained, {"config_hash": config_hash(entry.config)}, images)
-        return load_model(folder / "model.safetensors"), trained
+        return load_trained(folder, trained), trained
 
 # %% ../nbs/00i_runs.ipynb #ff95e019
 @dataclasses.dataclass
@@ -402,7 +409,7 @@ class _Progress:
 
     def save(self) -> None:
         if self.writes:  # of processes that share a run the first alone
-            write_json(self.path, {**self.keys, "evaluations": self.evaluations, **self.answers})
+            write_json(self.path, sealed({**self.keys, "evaluations": self.evaluations, **self.answers}))
 
 # %% ../nbs/00i_runs.ipynb #f6fe94f7
 def _shipped(source: Entry, device: torch.device) -> FeatureModel | None:
@@ -478,7 +485,7 @@ def _sources(data: ImageData) -> dict[str, np.ndarray] | None:
     path = data_root() / "celeba256" / "train_ids.npy"
     if data.name != "celeba64" or data.ids is None or not path.exists():
         return None
-    full = np.isin(data.ids, np.load(path))
+    full = np.isin(data.ids, read_array(path, (None,), 1, CELEBA_IMAGES, np.int32))
     return {"full-size originals": full, "half-size originals": ~full} if 0 < full.sum() < len(full) else None
 
 

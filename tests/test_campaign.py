@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -227,8 +228,9 @@ def test_no_entry_is_begun_after_the_limit_and_each_is_given_what_is_left(tmp_pa
 
 # --- several workers -----------------------------------------------------------------------------------------------
 
-WORKER = """
-import sys
+WORKERS = """
+import os, sys, traceback
+import torch.utils.tensorboard
 from hybridvae import campaign, data
 from hybridvae.entries import Entry
 
@@ -237,17 +239,73 @@ campaign.record_roots, campaign.WAIT = list, 0.2
 VAE = {"model": "VAE", "image_size": 32, "z_dim": 4, "width": 4, "multipliers": [1, 2], "patch": 4}
 PAIR = {"model": "DiffuseVAE", "vae": VAE, "form": 1, "unet": {"image_size": 32, "width": 8, "multipliers": [1],
         "attention": [], "patch": 4}, "diffusion": {"schedule": "cosine"}}
-TRAIN = {"kimg": 0.8, "batch_size": 8}
+TRAIN = {"kimg": 0.2, "batch_size": 8}
 entries = [Entry(name, "shapes", model, TRAIN, seed, depends_on=needs) for seed in range(3)
            for name, model, needs in (("vae", VAE, {}), ("pair", PAIR, {"vae": "vae"}))]
-campaign.run_campaign(entries, sys.argv[1], cpu=True, progress=False)
+while line := sys.stdin.readline().strip():
+    folder, workers = line, []
+    for i in range(int(sys.stdin.readline())):
+        workers.append(os.fork())
+        if workers[-1] == 0:
+            status = 1
+            try:
+                sys.stdout = open(f"{folder}.{i}", "w")
+                campaign.run_campaign(entries, folder, cpu=True, progress=False)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
+    print(*workers, flush=True)
+    sys.stdin.readline()
+    print(*[os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers], flush=True)
 """
 
 
-def workers(folder, n):
-    "n processes that share a campaign of six entries, two for each seed."
-    return [subprocess.Popen([sys.executable, "-c", WORKER, str(folder)], stdout=subprocess.PIPE, text=True)
-            for _ in range(n)]
+class Workers:
+    "Processes that share a campaign of six entries, two for each seed; what they have in common is imported once."
+
+    def __init__(self):
+        self.parent = subprocess.Popen([sys.executable, "-c", WORKERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def tell(self, text):
+        self.parent.stdin.write(f"{text}\n")
+        self.parent.stdin.flush()
+
+    def numbers(self):
+        return [int(word) for word in self.parent.stdout.readline().split()]
+
+    def start(self, folder, n):
+        "Start n of them; their process numbers, which stay theirs until `ended`."
+        self.tell(f"{folder}\n{n}")
+        return self.numbers()
+
+    def ended(self):
+        "How each ended, when all have."
+        self.tell("wait")
+        return self.numbers()
+
+
+@pytest.fixture(scope="module")
+def workers():
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    group = Workers()
+    yield group
+    group.parent.communicate()
+
+
+@pytest.fixture(scope="module")
+def alone(workers, tmp_path_factory):
+    "What one worker makes."
+    folder = tmp_path_factory.mktemp("campaign") / "alone"
+    workers.start(folder, 1)
+    assert workers.ended() == [0] and said_in(folder, 1).count("recorded: ") == 6
+    return folder
+
+
+def said_in(folder, n):
+    return "".join(Path(f"{folder}.{i}").read_text() for i in range(n))
 
 
 def in_hand(folder):
@@ -255,18 +313,17 @@ def in_hand(folder):
     return len(list(folder.glob("shapes/*/seed?/.lock")))
 
 
-def four_of_which_two_are_killed(folder, delay):
+def four_of_which_two_are_killed(workers, folder, delay):
     "The lines that four workers say, the first two of which are killed when three entries are begun and `delay` later."
-    started = workers(folder, 4)
-    end = time.monotonic() + 100
-    while in_hand(folder) < 3 and time.monotonic() < end and any(w.poll() is None for w in started):
-        time.sleep(0.02)
+    started, end = workers.start(folder, 4), time.monotonic() + 300
+    while in_hand(folder) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
     time.sleep(delay)
     for worker in started[:2]:
-        worker.kill()
-    said = [worker.communicate(timeout=200)[0].splitlines() for worker in started]
-    assert [w.returncode for w in started[2:]] == [0, 0], said
-    return [line for lines in said for line in lines]
+        os.kill(worker, signal.SIGKILL)
+    codes = workers.ended()
+    assert codes[2:] == [0, 0] and set(codes[:2]) <= {0, -signal.SIGKILL}, (codes, said_in(folder, 4))
+    return said_in(folder, 4).splitlines()
 
 
 def check_shared(said, folder, alone):
@@ -279,19 +336,15 @@ def check_shared(said, folder, alone):
     assert len(found) == 6 and found == wanted
 
 
-def test_four_workers_share_a_campaign_and_two_are_killed(tmp_path):
-    (alone,) = workers(tmp_path / "alone", 1)
-    assert alone.communicate(timeout=200)[0].count("recorded: ") == 6 and alone.returncode == 0
-    check_shared(four_of_which_two_are_killed(tmp_path / "shared", 0.5), tmp_path / "shared", tmp_path / "alone")
+def test_four_workers_share_a_campaign_and_two_are_killed(workers, alone, tmp_path):
+    check_shared(four_of_which_two_are_killed(workers, tmp_path / "shared", 0.3), tmp_path / "shared", alone)
 
 
 @pytest.mark.slow
-def test_workers_that_are_killed_at_any_moment_lose_nothing(tmp_path):
-    (alone,) = workers(tmp_path / "alone", 1)
-    alone.communicate(timeout=200)
+def test_workers_that_are_killed_at_any_moment_lose_nothing(workers, alone, tmp_path):
     for i in range(100):
         folder = tmp_path / f"shared{i}"
-        check_shared(four_of_which_two_are_killed(folder, 0.05 * (i % 40)), folder, tmp_path / "alone")
+        check_shared(four_of_which_two_are_killed(workers, folder, 0.03 * (i % 40)), folder, alone)
         shutil.rmtree(folder)
 
 

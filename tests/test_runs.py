@@ -17,7 +17,8 @@ from conftest import complains, files_below, generator
 from hybridvae import data, records, runs, training
 from hybridvae.campaign import load_stages, run_campaign
 from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, load_record,
-                            load_records, randn, record_path, save_model, weights_hash, write_record)
+                            load_records, randn, read_json, record_path, save_model, sealed, weights_hash,
+                            write_record)
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.entries import OPTIONS, Entry, find_entry, studied_with
 from hybridvae.experiments import PRESETS
@@ -407,7 +408,8 @@ def test_evaluations_without_todays_metrics_are_made_again(tmp_path, monkeypatch
         del old["evaluations"][0]["metrics"][name]
     write_record(tmp_path, old)
     measured = COARSE.folder(tmp_path) / "measured.json"
-    measured.write_text(json.dumps(json.loads(measured.read_text()) | {"evaluations": old["evaluations"]}))
+    known = {**read_json(measured, "evaluations"), "evaluations": old["evaluations"]}
+    measured.write_text(json.dumps(sealed(known)))
     assert COARSE.missing(old) == [] and outdated(old) and not outdated(first)
     calls, trained = spy(monkeypatch, runs, "evaluate"), spy(monkeypatch, runs, "train")
     assert run_campaign([COARSE], tmp_path, cpu=True, progress=False) == [] and not calls  # recorded is recorded
