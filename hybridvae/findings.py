@@ -498,18 +498,22 @@ def uncertainty(records: list[dict], dataset: str) -> tuple[str, int] | None:
 @claim("likelihood", "Does the hybrid's VAE give a good likelihood?", "bounds on the likelihood")
 def likelihood(records: list[dict], dataset: str) -> tuple[str, int] | None:
     "Bits per dimension of VAE and DDPM: bounds below that of uniform noise, lower is better."
-    bounds = {}
+    bounds: dict[str, tuple] = {}
+    useless = {}  # bounds above that of uniform noise say nothing
     for name in ("vae", "ddpm"):
         for size in ("", "-cpu"):
             answers = answers_of(records, name + size, "likelihood").values()
             own = [a["own"]["bits_per_dim"] for a in answers if "own" in a]
-            own = own if own and statistics.fmean(own) < UNIFORM_BITS else []  # else the bound says nothing
-            if own and name not in bounds:
+            if own and statistics.fmean(own) >= UNIFORM_BITS:
+                useless[name] = statistics.fmean(own)
+            elif own and name not in bounds:
                 bounds[name] = statistics.fmean(own), name + size, len(own)
     if not bounds:
         return None
     shown = " and ".join(f"{value:.2f} of {label(name)}" for value, name, _ in bounds.values())
-    return f"{shown}: bits per dimension, an upper bound, lower is better.", min(n for *_, n in bounds.values())
+    others = " and ".join(f"{value:.1f} of {label(name)}" for name, value in useless.items() if name not in bounds)
+    above = f" ({others}: above the {UNIFORM_BITS} of uniform noise, so that it says nothing)" if others else ""
+    return f"{shown}{above}: bits per dimension, an upper bound, lower is better.", min(n for *_, n in bounds.values())
 
 
 @claim("noise", "What does noise on x̂ do?", f"noise on x̂ with {LEAST_IMAGES:,} images or more")
