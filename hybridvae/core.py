@@ -417,7 +417,7 @@ def _wrapped(text: str, letters: float) -> str:
     fill = functools.partial(textwrap.fill, width=max(int(letters), 1), break_long_words=False, break_on_hyphens=False)
     return "\n".join(map(fill, text.split("\n")))
 
-
+# %% ../nbs/00a_core.ipynb #c40526c1
 def show_images(
     images: torch.Tensor,  # (N, C, H, W), uint8 or float in [-1, 1]
     title: str = "",  # what to see

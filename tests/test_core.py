@@ -421,7 +421,8 @@ def test_a_grid_without_names_has_none_and_is_large_unless_told_otherwise():
 
 def test_names_of_a_wide_grid_can_be_read_on_a_phone_and_do_not_meet():
     names = [f"noise number {n}" for n in range(8)]
-    ax = show_images(torch.zeros(16, 3, 32, 32), "a title of " + "many words " * 20, columns=names, rows=["a", "b " * 9])
+    title = "a title of " + "many words " * 20
+    ax = show_images(torch.zeros(16, 3, 32, 32), title, columns=names, rows=["a", "b " * 9])
     figure = ax.figure
     figure.canvas.draw()
     drawn = [label.get_window_extent() for label in ax.get_xticklabels(which="both") if label.get_text()]
