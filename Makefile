@@ -9,8 +9,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SUPPORTED := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 # Two notebooks or tests at a time, one computing thread each: two cores are not asked for more than they have.
-NBDEV_TEST := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+# `make test TIMES=1` says how long each notebook and the slowest tests take.
+NBDEV_TEST := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 $(if $(TIMES),--timing)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(if $(TIMES),--durations=40)
+# Tests start many interpreters: none of them shall compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help report test test-slow faults docs pdf readme clean
 
@@ -29,9 +32,9 @@ report: $(STAMP)  ## run the small models and render the report
 	$(BIN)/hybridvae report
 
 test: $(STAMP)  ## package in step with the notebooks, notebooks run, tests pass
-	$(BIN)/pytest tests/test_sync.py
-	HYBRIDVAE_BUDGET=0.1 $(NBDEV_TEST)
-	$(PYTEST)
+	TIMEFORMAT='in step: %0R seconds'; time $(BIN)/pytest tests/test_sync.py
+	export HYBRIDVAE_BUDGET=0.1 TIMEFORMAT='notebooks: %0R seconds'; time $(NBDEV_TEST)
+	TIMEFORMAT='tests: %0R seconds'; time $(PYTEST) --ignore tests/test_sync.py
 
 test-slow: $(STAMP)  ## the checks of quality, with full training budgets
 	$(NBDEV_TEST) --flags slow

@@ -232,17 +232,29 @@ def _describe(title: str, split: str, n: int, whole: int | None = None, note: st
 SHAPES_SIZES = {"train": 20_000, "test": 4_000}
 
 
-def _drawn(name: str, split: str, ranges: dict[str, tuple], draw: Callable[[np.ndarray], np.ndarray]) -> ImageData:
-    "A split of drawn images, a thousand at a time."
+@functools.lru_cache(maxsize=4)  # both splits of both data sets, 150 MB
+def _drawn(name: str, split: str, n: int, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    "Images and factors of a split, drawn a thousand images at a time, once in a process."
+    ranges, draw = (FACTORS, draw_shapes) if name == "shapes" else (SCENE_FACTORS, draw_scenes)
     start = 0 if split == "train" else 1_000_000_000  # far apart: no image is in both splits
-    factors = shapes_factors(start + np.arange(SHAPES_SIZES[split]), ranges)
-    images = np.concatenate([draw(part) for part in np.array_split(factors, max(1, len(factors) // 1000))])
-    return ImageData(name, split, images, factors, tuple(ranges), _describe(name.title(), split, len(images)))
+    factors = shapes_factors(start + np.arange(n), ranges)
+    parts = np.array_split(factors, max(1, n // 1000))
+    return np.concatenate([draw(part, image_size) for part in parts]), factors
+
+
+def _load_drawn(name: str, split: str, image_size: int) -> ImageData:
+    "A split of drawn images, a copy of its own."
+    if split not in SHAPES_SIZES:
+        raise HybridVAEError(f"there is no split {split!r}: choose train or test.")
+    ranges, n = FACTORS if name == "shapes" else SCENE_FACTORS, SHAPES_SIZES[split]
+    draw = _drawn if image_size <= 32 else _drawn.__wrapped__  # larger ones would fill the memory
+    images, factors = (array.copy() for array in draw(name, split, n, image_size))
+    return ImageData(name, split, images, factors, tuple(ranges), _describe(name.title(), split, n))
 
 
 def load_shapes(split: str, image_size: int = 32) -> ImageData:
-    "Shapes: 20,000 training and 4,000 held-out images; drawing takes a few seconds."
-    return _drawn("shapes", split, FACTORS, partial(draw_shapes, image_size=image_size))
+    "Shapes: 20,000 training and 4,000 held-out images; drawing takes a few seconds, once."
+    return _load_drawn("shapes", split, image_size)
 
 # %% ../nbs/00b_data.ipynb #e871cb77
 SCENE_FACTORS = FACTORS | {
@@ -294,8 +306,8 @@ def draw_scenes(
 
 # %% ../nbs/00b_data.ipynb #7b9596fd
 def load_scenes(split: str, image_size: int = 32) -> ImageData:
-    "Scenes: 20,000 training and 4,000 held-out images; drawing takes some ten seconds."
-    return _drawn("scenes", split, SCENE_FACTORS, partial(draw_scenes, image_size=image_size))
+    "Scenes: 20,000 training and 4,000 held-out images; drawing takes some ten seconds, once."
+    return _load_drawn("scenes", split, image_size)
 
 # %% ../nbs/00b_data.ipynb #e5dd84b2
 TURNS = {"hue": 1, "ground": 1, "direction": 4, "behind_hue": 1, "behind_place": 1}  # textures repeat in a quarter turn

@@ -201,6 +201,24 @@ def test_the_kinds_look_different_and_larger_ones_cover_more():
         assert (np.diff(covered) > 0).all()
 
 
+def test_a_split_is_drawn_once_and_everybody_has_a_copy(monkeypatch):
+    "What one does to its images another does not see, and another size or number is drawn anew."
+    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 1_100, "test": 50})
+    drawn, inner = [], data.draw_shapes
+    monkeypatch.setattr(data, "draw_shapes", lambda f, size: drawn.append(len(f)) or inner(f, size))
+    data._drawn.cache_clear()
+    first, again = load_data("shapes"), load_data("shapes")
+    assert sum(drawn) == 1_100 and first.fingerprint == again.fingerprint
+    first.images[:], first.labels[:] = 0, 0
+    assert load_data("shapes").fingerprint == again.fingerprint and sum(drawn) == 1_100
+    assert data.load_shapes("test", 16).images.shape == (50, 16, 16, 3) and load_data("scenes", "test").name == "scenes"
+    monkeypatch.setitem(data.SHAPES_SIZES, "test", 20)
+    assert len(load_data("shapes", "test")) == 20 and sum(drawn) == 1_170
+    data._drawn.cache_clear()
+    with complains("no split 'dev'"):
+        data.load_shapes("dev")
+
+
 @pytest.mark.parametrize("arguments, words", [
     (("shape",), ("no data set 'shape'", "shapes", "cifar10")),
     (("shapes", "dev"), ("no split 'dev'", "train or test")),

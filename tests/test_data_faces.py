@@ -773,13 +773,15 @@ def test_a_file_name_that_is_no_text_is_a_name_like_any_other(tmp_path, monkeypa
 
 def test_a_user_without_a_home_folder_needs_only_a_place_for_data(tmp_path):
     "As in a container that runs with a user number that its list of users does not have."
-    program = ("import os\nos.environ.pop('HOME', None)\n"
+    program = ("import os, sys\nos.environ.pop('HOME', None)\n"
                "from hybridvae.data import data_root\n"
                "os.setuid(54321) if os.getuid() == 0 else None\n"
-               "try: print(data_root())\nexcept Exception as error: print(type(error).__name__, error)")
+               "for variable in ('HYBRIDVAE_DATA', 'XDG_CACHE_HOME', 'NEITHER'):\n"
+               "    os.environ[variable] = sys.argv[1]\n"
+               "    try: print(data_root())\n    except Exception as error: print(type(error).__name__, error)\n"
+               "    del os.environ[variable]")
     bare = {k: v for k, v in os.environ.items() if k not in ("HYBRIDVAE_DATA", "XDG_CACHE_HOME")}
-    run = lambda **more: subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                                        env={**bare, **more}).stdout.strip()
-    assert run(HYBRIDVAE_DATA=str(tmp_path)) == str(tmp_path)
-    assert run(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "hybridvae")
-    assert run() == "HybridVAEError there is no home folder to keep data in: set HYBRIDVAE_DATA to a folder."
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, env=bare)
+    assert done.stdout.splitlines() == [
+        str(tmp_path), str(tmp_path / "hybridvae"),
+        "HybridVAEError there is no home folder to keep data in: set HYBRIDVAE_DATA to a folder."], done.stderr
