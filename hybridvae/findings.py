@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST_IMAGES', 'DIGITS', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE', 'NORMAL', 'TEN', 'CHOSEN', 'STAGE_1',
-           'FITTED_CODES', 'STAGES_2_AND_3', 'BONUS', 'ACCELERATION', 'COMPARISONS', 'CLAIMS', 'VARIANTS',
-           'REPLICATION', 'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'number', 'Gap', 'Finding',
-           'trained', 'nothing', 'Comparison', 'of_one_size', 'with_refiner', 'evaluations_of', 'metric_of',
+           'FITTED_CODES', 'STAGES_2_AND_3', 'BONUS', 'ACCELERATION', 'SECTIONS', 'COMPARISONS', 'USUAL', 'CLAIMS',
+           'VARIANTS', 'REPLICATION', 'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'number', 'Gap',
+           'Finding', 'trained', 'nothing', 'Comparison', 'of_one_size', 'with_refiner', 'evaluations_of', 'metric_of',
            'gap_between', 'compared', 'claim', 'nearest', 'detail', 'order', 'ratio', 'replication_order',
            'sampling_time', 'latent_time', 'agreement', 'uncertainty', 'likelihood', 'noise', 'int8', 'int8_speed',
            'faces', 'findings', 'findings_table', 'replication_table', 'provenance_table', 'pairs_record', 'show_pairs',
@@ -209,7 +209,8 @@ ACCELERATION = (
     Comparison("pca faces", "What does guidance by a quarter of the components cost, on faces?", ("pca-k32", {}),
                ("pca-k128", {})),
 )
-COMPARISONS = STAGE_1 + STAGES_2_AND_3 + FITTED_CODES + BONUS + ACCELERATION
+SECTIONS = (STAGE_1, STAGES_2_AND_3 + FITTED_CODES, BONUS, ACCELERATION)  # each a family, as in the lessons
+COMPARISONS = sum(SECTIONS, ())
 
 # %% ../nbs/90e_findings.ipynb #f1d0000e
 def of_one_size(records: list[dict], *experiments: str) -> list[str] | None:
@@ -282,13 +283,19 @@ def gap_between(records: list[dict], a: str, b: str, kind: str = "FD") -> Gap | 
     return _gap(*found[:3], {}, "") if found else None
 
 # %% ../nbs/90e_findings.ipynb #f1d00010
+USUAL = "cycle"  # the uncertainty of all strategies that name none
+
+
 def _told(names: list[str] | None, comparison: Comparison) -> list[str]:
     "Both settings in words."
     words = []
     for place, (experiment, options) in enumerate((comparison.a, comparison.b)):
         own = {k: v for k, v in options.items() if k not in ("steps", "n", "sampler", "prior")}
+        by = own.get("uncertainty", USUAL)
+        own |= {"uncertainty": USUAL} if by != USUAL else {}
         told = [label(names[place] if names else experiment)]
         told += [name for name, strategy in STRATEGIES.items() if experiment == "adaptive-normal" and strategy == own]
+        told += [f"by {by}"] if by != USUAL else []
         told += [{"ex-pde": "fitted mixture", None: "N(0, I)"}[options["prior"]]] if "prior" in options else []
         told += [f"{options['steps']} steps"] if "steps" in options and comparison.key != "adaptive" else []
         words.append(", ".join(told))
@@ -298,12 +305,16 @@ def _told(names: list[str] | None, comparison: Comparison) -> list[str]:
 def compared(records: list[dict], dataset: str) -> dict[str, Finding]:
     """The findings of all comparisons on a data set, by key.
 
-    Their p values are corrected by Holm's method over all metrics of all comparisons that have three seeds.
+    Their p values are corrected by Holm's method over all metrics of all comparisons of a section that have three
+    seeds.
     """
     measured = {(c.key, kind): found for c in COMPARISONS for kind in KINDS if (found := _measured(records, c, kind))}
     values = lambda entries: {seed: m["value"] for seed, m in entries.items()}
-    results = paired_family({f"{key}, {kind}": (values(one), values(two))
-                             for (key, kind), (_, one, two, _) in measured.items()})
+    results = {}
+    for section in SECTIONS:
+        keys = {c.key for c in section}
+        results |= paired_family({f"{key}, {kind}": (values(one), values(two))
+                                  for (key, kind), (_, one, two, _) in measured.items() if key in keys})
     findings = {}
     for c in COMPARISONS:
         one, two = _told(of_one_size(records, c.a[0], c.b[0]), c)
