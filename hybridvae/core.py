@@ -762,7 +762,7 @@ def _check_size(config: dict, stored: int) -> None:
     if numbers > 2 * stored + 100_000:  # two of int4 share a byte; tables that are not stored
         raise ValueError(f"its config names a model of {numbers:,} numbers, but there are {stored:,}")
 
-
+# %% ../nbs/00a_core.ipynb #cd51b3d4
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     "The model in a weights file, in eval mode. Raises `HybridVAEError` where it is missing, damaged or another's."
     from safetensors import safe_open
@@ -794,7 +794,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
                              "train or download it again.") from error
     return model.eval().to(device)
 
-
+# %% ../nbs/00a_core.ipynb #2e6fcdcf
 def load_trained(folder: Path, known: dict) -> Model:
     """The model of a finished training, whose `weights_hash` is `known`; without one (of an older run) any.
 

@@ -188,7 +188,7 @@ def _read_key(path: Path) -> list[dict[str, str]]:
     except (TypeError, KeyError, IndexError) as error:
         raise HybridVAEError(f"{path} is damaged (it has no pairs of pictures): remove it and {again}.") from error
 
-
+# %% ../nbs/90f_rating.ipynb #56dffc82
 def rating_table(folder: str | Path) -> tuple["pandas.DataFrame", Counter]:
     """Shares by model and quality from all tables `choices*.csv` in a folder, and how many pairs each rater rated.
 

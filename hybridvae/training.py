@@ -242,7 +242,7 @@ def _training_state(model, average, optimizer) -> dict[str, torch.Tensor]:
         state |= {f"optimizer/{name}/{key}": v for key, v in optimizer.state[p].items()}
     return {key: v.detach().cpu().contiguous().clone() for key, v in state.items()}
 
-
+# %% ../nbs/00g_training.ipynb #b1c9073f
 def save_checkpoint(run_dir: Path, model, average, optimizer, progress: dict) -> Path:
     "Write `checkpoint-<step>` atomically, then remove older ones."
     target = Path(run_dir) / f"checkpoint-{progress['step']}"
@@ -293,7 +293,7 @@ def _read_state(path: Path, digest: str | None, model, average) -> dict[str, tor
         raise HybridVAEError(f"{path.parent} is damaged ({reason(error)}): remove it and run again.") from error
     return state
 
-
+# %% ../nbs/00g_training.ipynb #d193c580
 @torch.no_grad()
 def _load_training_state(path: Path, digest: str | None, model, average, optimizer) -> None:
     "Restore what `_training_state` made. Raises `HybridVAEError` for a damaged file."

@@ -505,9 +505,18 @@ def test_a_dry_run_needs_only_what_a_bare_machine_has(tmp_path):
 # --- the real sizes -------------------------------------------------------------------------------------------------
 
 FIRST = [e for e in ENTRIES if e.seed == 0]
+# the network of another entry at the same size; at 256 pixels also what at 64 differs in the same way
+TWICE = (*SAME_WORK[:3], *LATER_RUNGS, "adaptive-control", "distill-form1", "pca-k64", "pca-k32")
+LARGE_TWICE = ("diffusevae-form1", "diffusevae-form2", "diffusevae-form2-z", "latent-mlp-long")
 
 
-@pytest.mark.parametrize("e", FIRST, ids=[f"{e.dataset} {e.experiment}" for e in FIRST])
+def at_real_size(e):
+    "An entry as a test, a slow one where another is as it."
+    slow = e.experiment in TWICE or e.dataset == "celeba256" and e.experiment in LARGE_TWICE
+    return pytest.param(e, id=f"{e.dataset} {e.experiment}", marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize("e", map(at_real_size, FIRST))
 def test_every_model_builds_learns_and_samples_at_its_real_size(e):
     torch.manual_seed(0)
     model = build_model(e.model).to(memory_format=torch.channels_last).train()

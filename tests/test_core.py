@@ -242,6 +242,7 @@ def test_half_precision_halves_the_file_and_loads_as_single(vae, tmp_path):
 
 def test_int4_stores_two_weights_a_byte_with_a_scale_for_each_group(tmp_path):
     "Written plainly: every weight is the nearest of the sixteen levels of its group, small layers are in int8."
+    torch.manual_seed(0)
     wide = VAE(image_size=16, z_dim=4, width=50, multipliers=(1, 2))  # rows of 450 weights, no multiple of a group
     path = save_model(wide, tmp_path / "vae.safetensors", torch.int4)
     stored, back, state = load_file(path), load_model(path).state_dict(), wide.state_dict()
@@ -254,7 +255,7 @@ def test_int4_stores_two_weights_a_byte_with_a_scale_for_each_group(tmp_path):
         assert stored[name].shape == (len(rows), 16 * -(-rows.shape[1] // 32)) and scale.shape[1] * 32 >= rows.shape[1]
         levels = scale.repeat_interleave(32, dim=1)[:, :rows.shape[1], None] * torch.arange(-8, 8)
         nearest = levels.gather(2, (levels - rows[..., None]).abs().argmin(dim=2, keepdim=True))[..., 0]
-        torch.testing.assert_close(back[name].flatten(1), nearest)
+        assert (back[name].flatten(1) - rows).abs().le((nearest - rows).abs() + 1e-6).all()  # of two as near either
         assert (back[name] - state[name]).square().mean() < 0.01 * state[name].square().mean()
     for name in state.keys() - {*large}:
         torch.testing.assert_close(back[name], state[name], rtol=0, atol=0.005 * state[name].abs().max().item() + 1e-6)

@@ -163,6 +163,7 @@ def killed_in(function, module, name, after=0):
     "Run a function in a process of its own, which is killed when it calls a function of a module for the n-th time."
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # the parent's threads are not here
         calls, inner = [], getattr(module, name)
 
         def killed(*args, **kwargs):

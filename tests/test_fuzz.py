@@ -108,7 +108,7 @@ def load(path):
     return load_record(path), read_json(path, "experiment", "config"), load_records(path.parents[2])
 
 
-@pytest.mark.parametrize("suffix, n", [(".safetensors", 900), (".npy", 900), (".npz", 900), (".json", 900)])
+@pytest.mark.parametrize("suffix, n", [(".safetensors", 800), (".npy", 800), (".npz", 800), (".json", 800)])
 def test_a_damaged_file_is_read_or_refused(folder, whole, suffix, n):
     path = folder / "x" / "y" / f"seed0{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_read_or_refused(folder, whole, suffix, n):
 def test_a_weights_file_whose_config_was_changed_is_read_or_refused(folder, whole):
     state, path = VAE(**SMALL_VAE).state_dict(), folder / "changed.safetensors"
 
-    @inputs(300)
+    @inputs(250)
     @given(changed(VAE(**SMALL_VAE).config))
     def check(config):
         from safetensors.torch import save_file
@@ -180,7 +180,7 @@ CONFIGS = {"VAE": VAE(**SMALL_VAE, prior=FlowPrior(2, hidden=4, layers=2).config
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_changed_config_makes_a_model_or_a_sentence(name):
-    @inputs(300)
+    @inputs(250)
     @given(changed(CONFIGS[name]))
     def check(config):
         try:
@@ -196,7 +196,7 @@ def test_a_changed_config_makes_a_model_or_a_sentence(name):
     ("HYBRIDVAE_PRECISION", lambda: training.choose_precision(torch.device("cpu"))),
     ("HYBRIDVAE_COMPILE", lambda: training.choose_compile(torch.device("cpu"), 1.0))])
 def test_a_variable_may_hold_anything(monkeypatch, variable, read):
-    @inputs(150)
+    @inputs(100)
     @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12))
     def check(text):
         monkeypatch.setenv(variable, text)
@@ -218,7 +218,7 @@ def test_any_words_after_a_command_are_answered_with_a_sentence(monkeypatch, tmp
     monkeypatch.setenv("HYBRIDVAE_DATA", str(tmp_path / "data"))
     commands = "data train sample reconstruct interpolate export quantize distill evaluate".split()
 
-    @inputs(800)
+    @inputs(700)
     @given(st.sampled_from(commands), st.lists(WORDS, max_size=6))
     def check(name, words):
         given = ["nowhere"] if name == "data" else ["--weights", "nowhere.safetensors"] if name != "train" else []
