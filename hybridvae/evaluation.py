@@ -47,7 +47,8 @@ LABELS = {
     "joint-frozen-time": "two-stage, same time", "adaptive-control": "adaptive, control",
     "adaptive-no-level": "adaptive, level not told", "adaptive-film": "adaptive, FiLM",
     "adaptive-realnvp": "adaptive, RealNVP", "adaptive-glow": "adaptive, Glow",
-    "distill-form1": "form 1, teacher", "distill-ddpm": "DDPM, teacher", "distill-form1-4": "form 1, student of 4 steps",
+    "distill-form1": "form 1, teacher", "distill-form1-4": "form 1, student of 4 steps",
+    "distill-ddpm": "DDPM, teacher", "distill-ddpm-4": "DDPM, student of 4 steps",
     "pca-k12": "form 1 + z, 12 components", "pca-k4": "form 1 + z, 4 components",
     "pca-k128": "form 1 + z, 128 components", "pca-k32": "form 1 + z, 32 components",
 }  # of experiments; others are called by their own name

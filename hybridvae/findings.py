@@ -301,7 +301,7 @@ def _told(names: list[str] | None, comparison: Comparison) -> list[str]:
         words.append(", ".join(told))
     return words
 
-
+# %% ../nbs/90e_findings.ipynb #7442d38d
 def compared(records: list[dict], dataset: str) -> dict[str, Finding]:
     """The findings of all comparisons on a data set, by key.
 
@@ -310,7 +310,7 @@ def compared(records: list[dict], dataset: str) -> dict[str, Finding]:
     """
     measured = {(c.key, kind): found for c in COMPARISONS for kind in KINDS if (found := _measured(records, c, kind))}
     values = lambda entries: {seed: m["value"] for seed, m in entries.items()}
-    results = {}
+    results: dict = {}
     for section in SECTIONS:
         keys = {c.key for c in section}
         results |= paired_family({f"{key}, {kind}": (values(one), values(two))
