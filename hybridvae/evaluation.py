@@ -22,8 +22,8 @@ from .core import HybridVAEError, atomic_path
 
 from .entries import OPTIONS, options_of
 from .metrics import paired
-from .records import (all_records, answers_of, evaluation_of, mean_and_spread, results_table, time_of,
-                               values_of)
+from .records import (all_records, answers_of, beside, evaluation_of, mean_and_spread, results_table,
+                               time_of, values_of)
 
 # %% ../nbs/06_evaluation.ipynb #1cc713a4
 #| code-fold: true
@@ -186,8 +186,7 @@ def _deviation(records: list[dict], setting: Setting, kind: str) -> float:
     "The bootstrap's deviation over images of a metric of seed 0; NaN where there is none."
     own = next(r for r in records if (r["experiment"], r["seed"]) == (setting[0], 0))
     main = own["evaluations"][0]
-    wanted = {k: main[k] for k in ("sampler", "steps", "n")} | setting[1]
-    evaluation = (evaluation_of(own, **wanted) if setting[1] else main) or {"metrics": {}}
+    evaluation = (evaluation_of(own, **beside(main, setting[1])) if setting[1] else main) or {"metrics": {}}
     found = (m for name, m in evaluation["metrics"].items() if name.partition(" (")[0] == kind and " to " not in name)
     return next((m.get("deviation", math.nan) for m in found), math.nan)
 
@@ -260,7 +259,7 @@ def joint_differences(records: list[dict]) -> dict[str, Difference]:
     "Joint training less its control, by pair, prior and metric."
     found = {}
     for joint, control in JOINT_PAIRS:
-        for prior, options in (("N(0, I)", {}), ("fitted mixture", {"prior": "ex-pde"})):
+        for prior, options in (("fitted mixture", {"prior": "ex-pde"}), ("N(0, I)", {"prior": None})):
             for kind in ("FD", "texture distance", "high-frequency power"):
                 gap = difference(records, (joint, options), (control, options), kind)
                 if gap is not None:

@@ -138,7 +138,7 @@ WRONG = {
         "only_code = lambda x_hat, z: (x_hat, z)", "only_code = lambda x_hat, z: (x_hat, z.detach())",
         "only_code = lambda x_hat, z: ScaledGradient.apply(x_hat, z, lambda a, b: (a, 0 * b))",
         "only_code = lambda x_hat, z: (0 * x_hat, z)"],
-    ("02_joint_training", 4): ["fine_tuned = lambda value, images=300: pair"],
+    ("02_joint_training", 4): ["fine_tuned = lambda value, images=800: pair"],
     ("03_adaptive_conditioning", 1): [
         "sensitivity = lambda x_hat, z: torch.ones(len(z))", "sensitivity = lambda x_hat, z: torch.rand(len(z))",
         "sensitivity = lambda x_hat, z: x_hat.square().mean(dim=(1, 2, 3))"],

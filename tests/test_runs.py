@@ -728,6 +728,11 @@ def test_values_come_by_seed_of_the_main_evaluation_or_of_the_one_asked_for():
     assert values_of(records, "c", "nfe") == {0: 20}
     assert values_of(records, "a", "FID") == values_of(records, "d") == values_of(records, "a", n=50) == {}
     assert values_of([a_record() | {"evaluations": []}], "a") == {}
+    plain = a_record()["evaluations"][0]
+    fitted = plain | {"prior": "ex-pde", "metrics": {"FD (shapes)": {"value": 7.0}}}
+    both = [a_record() | {"experiment": "a", "evaluations": [fitted, plain]}]
+    value = plain["metrics"]["FD (shapes)"]["value"]
+    assert values_of(both, "a") == {both[0]["seed"]: 7.0} and values_of(both, "a", prior=None) == {both[0]["seed"]: value}
 
 
 def test_the_answers_of_a_study_come_by_seed():
