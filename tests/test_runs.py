@@ -732,7 +732,7 @@ def test_values_come_by_seed_of_the_main_evaluation_or_of_the_one_asked_for():
     fitted = plain | {"prior": "ex-pde", "metrics": {"FD (shapes)": {"value": 7.0}}}
     both = [a_record() | {"experiment": "a", "evaluations": [fitted, plain]}]
     value = plain["metrics"]["FD (shapes)"]["value"]
-    assert values_of(both, "a") == {both[0]["seed"]: 7.0} and values_of(both, "a", prior=None) == {both[0]["seed"]: value}
+    assert values_of(both, "a") == {0: 7.0} and values_of(both, "a", prior=None) == {0: value}
 
 
 def test_the_answers_of_a_study_come_by_seed():
