@@ -185,10 +185,10 @@ STAGES_2_AND_3 = (
     Comparison("flow prior", "What does a flow-based prior change?", ("flow-form1", {}), ("diffusevae-form1", NORMAL)),
     Comparison("flow against mixture", "Does a trained flow beat a mixture that is fitted afterwards?",
                ("flow-form1", {}), ("diffusevae-form1", MIXTURE)),
-    Comparison("adaptive", "Does adaptive conditioning strength help?", _with("adaptive strength"),
-               _with("full conditioning"), CHOSEN),
+    Comparison("adaptive", "Does adaptive conditioning strength help with codes of N(0, I)?",
+               _with("adaptive strength", **NORMAL), _with("full conditioning", **NORMAL), CHOSEN),
     Comparison("adaptive control", "Is it the uncertainty that helps, or weaker conditioning alone?",
-               _with("adaptive strength"), _with("shuffled strength"), CHOSEN),
+               _with("adaptive strength", **NORMAL), _with("shuffled strength", **NORMAL), CHOSEN),
 )
 BONUS = (
     Comparison("latent", "Can diffusion of spatial codes replace that of pixels?", ("latent-long", {}), ("ddpm", {})),

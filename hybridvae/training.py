@@ -281,7 +281,8 @@ def _read_state(path: Path, digest: str | None, model, average) -> dict[str, tor
         for name, p in average.source.items():
             wanted |= {f"weight/{name}": p, f"average/{name}": p}
             moments = {f"optimizer/{name}/{key}": p for key in ("exp_avg", "exp_avg_sq")}
-            moments |= {f"optimizer/{name}/step": torch.zeros(())}
+            step = f"optimizer/{name}/step"  # a number, of the type that the optimiser chose
+            moments |= {step: torch.zeros((), dtype=state[step].dtype if step in state else None)}
             wanted |= moments if state.keys() & moments.keys() else {}  # none without a gradient
         if state.keys() != wanted.keys():
             raise ValueError(f"it lacks {min(wanted.keys() - state.keys(), default='nothing')}, or has something else")
