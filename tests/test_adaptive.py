@@ -568,7 +568,8 @@ def test_what_uses_the_quarter_loses_the_seed_on_which_it_was_chosen(as_read):
 
 
 def test_the_family_of_the_lesson_says_lower_and_higher_only_where_the_interval_leaves_out_0():
-    families = [[re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", table, flags=re.S)]
+    families = [[re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)
+                 for row in re.findall(r"<tr>.*?</tr>", table, flags=re.S)]
                 for table in shown_tables() if "p (Holm)" in table]
     assert list(map(len, families)) == [8, 25]  # on Scenes, and on Shapes
     for name, difference, interval, p, verdict, _, seeds in families[0] + families[1]:
