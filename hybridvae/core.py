@@ -7,10 +7,10 @@ __all__ = ['Source', 'MODELS', 'SIZES', 'RECORD_KEYS', 'INT8_SUFFIX', 'INT4', 'I
            'HybridVAEError', 'reason', 'user_path', 'env_path', 'atomic_path', 'InUse', 'sole_use', 'derive_seed',
            'Draws', 'image_draws', 'randn', 'rand', 'choose', 'Recorded', 'Model', 'UnknownModel', 'model_class',
            'build_model', 'count_parameters', 'count_flops', 'to_float', 'to_uint8', 'image_grid', 'show_images',
-           'save_grid', 'config_hash', 'weights_hash', 'file_hash', 'package_folder', 'project_root', 'weights_folder',
-           'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'sealed', 'write_json',
-           'change_json', 'read_json', 'load_record', 'load_records', 'save_model', 'int8_weight', 'load_model',
-           'load_trained', 'load', 'budget', 'exercise']
+           'as_jpeg', 'save_grid', 'config_hash', 'weights_hash', 'file_hash', 'package_folder', 'project_root',
+           'weights_folder', 'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'sealed',
+           'write_json', 'change_json', 'read_json', 'load_record', 'load_records', 'save_model', 'int8_weight',
+           'load_model', 'load_trained', 'load', 'budget', 'exercise']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 #| code-fold: true
@@ -20,6 +20,7 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -452,6 +453,17 @@ def show_images(
     ax.set_frame_on(False)
     ax.set_title(title, fontsize=font)
     return ax
+
+# %% ../nbs/00a_core.ipynb #637a949f
+def as_jpeg(figure):
+    "A figure of many images as a small picture for a notebook's output, an IPython `Image`; it closes the figure."
+    import matplotlib.pyplot as plt
+    from IPython.display import Image as Picture
+
+    file = io.BytesIO()
+    figure.savefig(file, format="jpeg", dpi=80, bbox_inches="tight", pil_kwargs={"quality": 80})
+    plt.close(figure)
+    return Picture(file.getvalue())
 
 # %% ../nbs/00a_core.ipynb #cell-024
 def save_grid(images: torch.Tensor, path: str | Path, columns: int = 8) -> Path:
