@@ -415,10 +415,10 @@ ADAPTIVE += (
 # %% ../nbs/80_experiments.ipynb #9be45bb8
 _BY_CODES = Row("", shared=_MEASURED, n_study="n")
 _LATENT: dict = {"model": "LatentDiffusion", "vae": {"part": "places"}, "denoiser": {"part": "denoiser"},
-           "diffusion": {"part": "diffusion"}}
+           "diffusion": _COSINE}
 _MLP = {"vae": {"part": "vae"}, "denoiser": {"part": "mlp"}}
 _DRAWN: dict = {"model": "LatentDiffuseVAE", "unet": {"part": "unet"}, "diffusion": {"part": "diffusion"}, "form": 1,
-          "latent_diffusion": {"part": "diffusion"}}
+          "latent_diffusion": _COSINE}
 _REFINED = (*(MAIN | {"refine_steps": k} for k in (4, 2, 1)),
             MAIN | {"refine_steps": 20, "start": 1.0})  # as many evaluations of the U-Net as the DDPM takes
 _FITTED = tuple(MAIN | {"refine_steps": 4, "prior": prior} for prior in ("own", "ex-pde", "realnvp"))
@@ -428,6 +428,7 @@ LATENT: tuple[Row, ...] = (
         evaluate=(ONE_SHOT,), studies={"ceiling": EVERY}, shared=_BY_CODES),
     Row("latent", on=ALL | SCENES, model=_LATENT, train={"part": "train"}, needs={"vae": "latent-vae"},
         evaluate=PLAIN_EVALUATIONS, curve=_OTHERS, studies={"code_fit": EVERY}, shared=_BY_CODES),
+    Row("latent-x0", "latent", on=SCENES_ONE, model={"diffusion": _X0}),
     Row("latent-long", "latent", on=SHAPES, train={"part": "train", "times_kimg": "places_longer"}, evaluate=(MAIN,),
         studies={}),
     Row("latent-mlp", "latent", on=SHAPES, model=_MLP, needs={"vae": "vae"},
