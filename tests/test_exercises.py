@@ -1,6 +1,7 @@
 """Every exercise of a lesson: its stub fails with the check's own sentence, its solution passes, wrong answers fail.
 
-An exercise is a stub and a check, flagged `#| exercise`, and a folded solution. Of the notebook above it, and of the
+An exercise is a stub and a check, flagged `#| exercise`, and a folded solution. What is stored of the check, and so
+published, is its answer to the stub, in every notebook. Of the notebook above it, and of the
 solution, only those statements run that define, directly or not, a name which the check uses: no training, no pictures
 (both run where the whole notebook is tested).
 """
@@ -51,6 +52,14 @@ DRAW = """def draw_certain(n, share, generator):
     z = vae.prior.sample(200, generator)
     kept = z[certain.rank(model.vae.decode(z), z) <= share]
     {}
+"""
+
+ONE_TEACHER = """def one_step(start, images=160):
+    for steps in ladder(start):
+        student = student_of(teacher, steps)  # not of the student before
+        with tempfile.TemporaryDirectory() as folder:
+            train(student, data, TrainConfig(kimg=0.032, batch_size=16, lr=5e-4), folder, progress=False)
+    return student
 """
 
 # (notebook, number of the exercise) -> answers that a reader may give, each of which the check must refuse
@@ -139,15 +148,16 @@ WRONG = {
         "only_code = lambda x_hat, z: ScaledGradient.apply(x_hat, z, lambda a, b: (a, 0 * b))",
         "only_code = lambda x_hat, z: (0 * x_hat, z)"],
     ("02_joint_training", 4): ["fine_tuned = lambda value, images=800: pair"],
-    ("03_adaptive_conditioning", 1): [
+    ("03_adaptive_conditioning", 1): ["lost = 'half'", "lost = 'more'"],
+    ("03_adaptive_conditioning", 2): [
         "sensitivity = lambda x_hat, z: torch.ones(len(z))", "sensitivity = lambda x_hat, z: torch.rand(len(z))",
         "sensitivity = lambda x_hat, z: x_hat.square().mean(dim=(1, 2, 3))"],
-    ("03_adaptive_conditioning", 2): [
+    ("03_adaptive_conditioning", 3): [
         DRAW.format("one = kept[:1].repeat(n, 1)\n    return model.vae.decode(one), one"),
         DRAW.format("return model.vae.decode(kept[:n]), vae.prior.sample(n, generator)"),
         "def draw_certain(n, share, generator):\n    z = vae.prior.sample(n, generator)\n"
         "    return model.vae.decode(z), z"],
-    ("03_adaptive_conditioning", 3): [
+    ("03_adaptive_conditioning", 4): [
         "at_level = lambda x_hat, z, level: x_hat",
         "at_level = lambda x_hat, z, level: model.refine(x_hat, z, steps=3, "
         "generator=torch.Generator().manual_seed(0))"],
@@ -195,6 +205,7 @@ WRONG = {
     ("05b_distillation", 3): [
         "moved = lambda error=0.01: dict.fromkeys(('eps', 'v', 'x0'), error)",
         "moved = lambda error=0.01: {'eps': 1 * error, 'v': 157 * error, 'x0': error}"],
+    ("05b_distillation", 4): ["one_step = lambda start, images=160: student_of(teacher, 1)", ONE_TEACHER],
     ("05c_pca_guidance", 1): ["without = lambda pca, z, i: pca.project(z, i)",
                               "without = lambda pca, z, i: z * (torch.arange(z.shape[1]) != i)",
                               "without = lambda pca, z, i: z - (z @ pca.components[i])[:, None] * pca.components[i]"],
@@ -211,6 +222,7 @@ class Exercise(NamedTuple):
     number: int
     stub: str
     check: str
+    stored: str  # what the check printed when the notebook was executed
     solution: str
     before: list  # the notebook's code cells above the stub
 
@@ -229,8 +241,9 @@ def exercises(nb):
     places = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in ("stub", "check", "solution")}
     if [k for k in kinds if k] != ["stub", "check", "solution"] * len(places["stub"]):
         raise ValueError(f"not stub, check and solution in turn: {[k for k in kinds if k]}")
-    return [Exercise(number_of(all_cells[c]), *(source(all_cells[i]) for i in (s, c, t)), all_cells[:s])
-            for s, c, t in zip(*places.values())]
+    stored = lambda cell: "".join("".join(output.get("text", "")) for output in cell["outputs"])
+    return [Exercise(number_of(all_cells[c]), source(all_cells[s]), source(all_cells[c]), stored(all_cells[c]),
+                     source(all_cells[t]), all_cells[:s]) for s, c, t in zip(*places.values())]
 
 
 class Names(ast.NodeVisitor):
@@ -361,7 +374,8 @@ def faults(item, there, wrong):
     found += [] if solution == f"Exercise {item.number}: passed.\n" else [f"the solution gets {solution!r}"]
     found += [] if wrong else ["no wrong answer is listed"]
     verdicts = [(answer, verdict(item, f"{item.stub}\n{answer}", there)) for answer in wrong]
-    return found + [f"{answer!r} gets {text!r}" for answer, text in verdicts if not re.match(refused, text)]
+    found += [f"{answer!r} gets {text!r}" for answer, text in verdicts if not re.match(refused, text)]
+    return found if item.stored == stub else [*found, f"stored is {item.stored!r}, not {stub!r}"]
 
 
 LESSONS = sorted({notebook for notebook, _ in WRONG})
@@ -392,12 +406,13 @@ def test_every_notebook_with_exercises_is_tested():
 SOLUTION = '#| code-fold: true\n#| code-summary: "Solution"\n'
 CHECK = ("#| exercise\nwith exercise(1):\n    assert double(2) is not None, 'the stub returns nothing.'\n"
          "    assert double(two) == 4, f'found {double(two)}, expected 4.'")
+ANSWER = {"output_type": "stream", "name": "stdout", "text": ["Exercise 1: not yet. the stub returns nothing.\n"]}
 SMALL = {"cells": [
     code("#| code-fold: true\nfrom hybridvae.core import exercise"),
     code("two = 1 + 1"),
     code("raise RuntimeError('an hour of training')\nmodel = None"),
     code("#| exercise\ndef double(x):\n    ..."),
-    code(CHECK),
+    code(CHECK, **ANSWER),
     code(SOLUTION + "def double(x):\n    return 2 * x"),
 ]}
 
@@ -419,8 +434,9 @@ def test_only_needed_statements_run_and_a_good_exercise_has_no_fault():
     (5, SOLUTION + "def double(x):\n    return x", ["double = abs"], "the solution gets 'Exercise 1: not yet"),
     (4, CHECK.replace("double(two) == 4", "double(two) > 1"), ["double = abs"], "'double = abs' gets 'Exercise 1: pas"),
     (4, "#| exercise\nwith exercise(1):\n    assert double(2) == 4", ["double = abs"], "the stub gets"),
+    (4, CHECK, ["double = abs"], "stored is ''"),
     (None, "", [], "no wrong answer is listed"),
-], ids=["stub", "solution", "weak check", "no message", "no wrong answer"])
+], ids=["stub", "solution", "weak check", "no message", "not stored", "no wrong answer"])
 def test_a_planted_fault_is_found(index, text, wrong, says):
     found = faults(*small(index, text), wrong)
     assert says in found[0]

@@ -3,6 +3,7 @@
 Each check is itself tried on a notebook with that one fault planted (`FAULTS`), so that none can pass by accident.
 """
 import ast
+import base64
 import importlib
 import json
 import re
@@ -135,6 +136,20 @@ def outputs(path, nb):
     return faults + ["a stored progress bar" for _ in bars]
 
 
+def wide_charts(path, nb):
+    "A chart that a phone would shrink to less than half: `styles.css` lets it be scrolled. Grids have larger letters."
+    if path.stem in ("04_latent_diffusion", "05c_pca_guidance", "06_evaluation"):  # not marked yet
+        return []
+
+    def width(output):
+        png = output.get("data", {}).get("image/png", "")
+        return int.from_bytes(base64.b64decode("".join(png))[16:20], "big")
+    return [f"a chart of {max(widths)} pixels: write '#| classes: wide' above {source(c)[:60]!r}"
+            for c in cells(nb, "code") if "wide" not in directives(c).get("classes", "")
+            and not re.search(r"show_(images|pairs)\(", source(c))
+            and max(widths := [0, *map(width, c["outputs"])]) > 700]
+
+
 def size(path, nb):
     n = len(json.dumps(nb, ensure_ascii=False).encode())
     return [f"{n:,} bytes, more than {MAX_BYTES:,}"] if n > MAX_BYTES else []
@@ -175,7 +190,8 @@ def module(path, nb):
     return [] if (path.parents[1] / file).exists() else [f"{file} is missing: run nbdev_export"]
 
 
-CHECKS = [title_cell, links, citations, crossrefs, outputs, size, machine_paths, imports_alone, short_cells, module]
+CHECKS = [title_cell, links, citations, crossrefs, outputs, size, machine_paths, imports_alone, short_cells, module,
+          wide_charts]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -225,6 +241,12 @@ def test_every_name_in_the_glossary_is_one_of_the_packages():
             assert hasattr(found, attribute), f"{module} has no {'.'.join(attributes)}"
             found = getattr(found, attribute)
     assert len(names) > 30
+
+
+def test_lessons_lead_to_the_glossary():
+    lessons = [path for path in NOTEBOOKS if re.match(r"0(0[c-f]|[1235][ab]?)_", path.name)]
+    assert len(lessons) == 9
+    assert not [path.stem for path in lessons if "(00_glossary.ipynb" not in path.read_text()]
 
 
 def test_map_of_notebooks():
@@ -340,6 +362,7 @@ def test_checks_accept_a_good_notebook(check, nbs):
     assert check(nbs / "00_core.ipynb", {"cells": GOOD}) == []
 
 
+PNG_OF_800 = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (800).to_bytes(4, "big") + bytes(9)).decode()
 FAULTS = [
     (title_cell, [], "first cell"),
     (title_cell, [md("## Core")], "opens with"),
@@ -359,6 +382,7 @@ FAULTS = [
     (outputs, [code("x", output_type="error", ename="NameError")], "NameError"),
     (outputs, [code("x", output_type="display_data", data={"application/vnd.jupyter.widget-view+json": {}})], "widget"),
     (outputs, [code("x", output_type="stream", text=[" 50%|####   | 5/10 [00:01<00:01,  4.9it/s]"])], "progress bar"),
+    (wide_charts, [code("plot()", output_type="display_data", data={"image/png": PNG_OF_800})], "800 pixels"),
     (size, [code("x", output_type="display_data", data={"image/png": "A" * MAX_BYTES})], "bytes"),
     (machine_paths, [code("open('/home/me/data.npy')")], "/home/me/data.npy"),
     (machine_paths, [code("x", output_type="stream", text=["saved ", "to /tmp/run\n"])], "/tmp/run"),
