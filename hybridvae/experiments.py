@@ -599,6 +599,7 @@ TABLES = {"diffusevae": DIFFUSEVAE + TRIALS, "joint": JOINT, "adaptive": ADAPTIV
 SHIPPED = {  # preset and experiment, of seed 0: name of its weights in the package, see `Entry.shipped`
     ("scenes", "vae"): "scenes-diffusevae", ("scenes", "diffusevae-form1"): "scenes-diffusevae",
     ("scenes", "ddpm"): "scenes-ddpm", ("scenes", "adaptive-normal"): "scenes-adaptive",
+    ("scenes", "latent-vae"): "scenes-latent", ("scenes", "latent"): "scenes-latent",
     ("cifar10", "vae"): "cifar10-diffusevae", ("cifar10", "diffusevae-form1-z"): "cifar10-diffusevae",
 }
 

@@ -836,7 +836,7 @@ MISTAKES = [
     ("train --dataset shapes --model vae --batch-size 12", "12"),
     ("train --dataset shapes --model vae --out file", "file"),
     ("sample --weights shapes-diffusevae --refine-steps 2", "--refine-steps.*LatentDiffuseVAE.*VAE: leave it out"),
-    ("sample --weights nothing", r"'nothing'.*scenes-diffusevae, shapes-diffusevae, shapes-latent\."),
+    ("sample --weights nothing", r"'nothing'.*scenes-diffusevae, scenes-latent, shapes-diffusevae\."),
     ("sample --weights empty", "empty is a folder"),
     ("sample --weights broken.safetensors", "broken"),
     ("sample --weights features.safetensors", "no images"),

@@ -496,5 +496,5 @@ def test_mistakes_get_a_sentence(weights, tmp_path):
         with complains(says):
             distill("--weights", weights, "--dataset", "shapes", *words, "--out", tmp_path / "x", "--cpu")
     with complains("cannot be distilled"):
-        distill("--weights", "shapes-latent", "--dataset", "shapes", "--out", tmp_path / "x", "--cpu")
+        distill("--weights", "scenes-latent", "--dataset", "scenes", "--out", tmp_path / "x", "--cpu")
     assert not (tmp_path / "x").exists()
