@@ -10,9 +10,9 @@ __all__ = ['LARGEST', 'app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName',
            'RungKimg', 'Rungs', 'DISTILL_EXAMPLES', 'Number', 'RefineSteps', 'Prior', 'Components', 'First', 'Target',
            'SAMPLE_EXAMPLES', 'Given', 'HeldOut', 'AtMost', 'RECONSTRUCT_EXAMPLES', 'Varied', 'Seeds', 'TwoImages',
            'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile', 'Calibration',
-           'JsonFile', 'OnTrajectory', 'Compared', 'Drawn', 'Existing', 'Features', 'Inception', 'Measured',
-           'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly', 'Standard',
-           'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedWeights', 'TimedOn', 'TimedOnly',
+           'JsonFile', 'VariantNames', 'OnTrajectory', 'Compared', 'Drawn', 'Existing', 'Features', 'Inception',
+           'Measured', 'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly',
+           'Standard', 'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedWeights', 'TimedOn', 'TimedOnly',
            'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES',
            'RatedOn', 'RatedOnly', 'Pairs', 'Rating', 'Table', 'Faces', 'Pdf', 'data', 'run', 'train', 'distill',
            'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate', 'campaign', 'bench', 'rate',
@@ -521,6 +521,8 @@ def export(
 # %% ../nbs/91_cli.ipynb #9dc1d6ef
 Calibration = Annotated[int, typer.Option(min=1, help="images drawn to measure the ranges of activations")]
 JsonFile = Annotated[Path | None, typer.Option(help="write all of it to this file, too")]
+VariantNames = Annotated[list[str] | None, typer.Option(
+    "--variant", help="with --dataset: only the float model and this one, such as int8; may be repeated")]
 OnTrajectory = Annotated[int, typer.Option(help="timesteps at which they are measured, evenly spaced, 1 to 1000")]
 
 
@@ -534,17 +536,21 @@ def quantize(
     out: WeightsFile = Path("model-int8.safetensors"),
     dataset: Annotated[str, typer.Option(help="measure its distances, too, of each variant: minutes")] = "",
     json: JsonFile = None,
+    variant: VariantNames = None,
 ):
     "Make a small, fast sampler of trained weights: the U-Net in int8."
     import torch
     from hybridvae.core import HybridVAEError, image_draws, save_model, to_uint8
     from hybridvae.generators import load_generator, user_errors
-    from hybridvae.quantization import Int8Layer, quantize
+    from hybridvae.quantization import Int8Layer, checked_variants, quantize
 
     if out.suffix != ".safetensors":
         raise HybridVAEError(f"--out {out} is no weights file: give a name that ends in .safetensors.")
     if bool(dataset) != bool(json):
         raise HybridVAEError("--dataset and --json go together: give both, or neither.")
+    if variant and not dataset:
+        raise HybridVAEError("--variant names what is measured: give --dataset and --json, too.")
+    names = checked_variants(tuple(variant or ()))
     model = load_generator(weights, cpu=True)
     with user_errors():
         twin = quantize(model, n=n, steps=steps, seed=seed)
@@ -556,10 +562,10 @@ def quantize(
           f"({in_float / 1e6:.1f} MB in float), in {out}\n"
           f"its samples differ by {(a - b).square().mean().sqrt():.1f} of 255 levels (root mean square)")
     if json:
-        _measure_variants(weights, model, dataset, json)
+        _measure_variants(weights, model, dataset, json, names)
 
 # %% ../nbs/91_cli.ipynb #3f25802e
-def _measure_variants(weights: str, model, dataset: str, file: Path) -> None:
+def _measure_variants(weights: str, model, dataset: str, file: Path, names: tuple[str, ...]) -> None:
     "Measure, and write beside what the file holds of other weights."
     import torch
     from hybridvae.core import change_json, provenance
@@ -567,7 +573,7 @@ def _measure_variants(weights: str, model, dataset: str, file: Path) -> None:
     from hybridvae.quantization import distances_after
 
     features = measuring_networks(dataset, "", None, torch.device("cpu"))[0]
-    rows = distances_after(model, features, data_for(model, dataset, "test"))
+    rows = distances_after(model, features, data_for(model, dataset, "test"), names=names)
     change_json(file, lambda before: before | {weights: {"dataset": dataset, "rows": rows, **provenance("cpu")}})
     print(f"distances of {len(rows)} variants in {file}")
 

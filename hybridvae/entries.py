@@ -126,6 +126,7 @@ class Entry(_OnDisk):
     depends_on: dict = dataclasses.field(default_factory=dict)
     features: str | None = None  # experiment whose network measures: a shipped one of that config, or trained first
     half: bool = False  # round the trained weights to half precision, in which they are kept and measured
+    shipped: str | None = None  # name of shipped weights of this run: others start from them where its own are gone
     evaluations: tuple = ()  # dicts with sampler, steps, n, and options of `sample`
     studies: tuple = ()  # names in `STUDIES`
     n_study: int = 500  # images in a study

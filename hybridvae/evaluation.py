@@ -50,7 +50,10 @@ LABELS = {
     "distill-form1": "form 1, teacher", "distill-form1-4": "form 1, student of 4 steps",
     "distill-ddpm": "DDPM, teacher", "distill-ddpm-4": "DDPM, student of 4 steps",
     "pca-k12": "form 1 + z, 12 components", "pca-k4": "form 1 + z, 4 components",
+    "distill-form1-z": "form 1 + z, teacher", "distill-form1-z-8": "form 1 + z, student of 8 steps",
+    "distill-form1-z-4": "form 1 + z, student of 4 steps",
     "pca-k128": "form 1 + z, 128 components", "pca-k32": "form 1 + z, 32 components",
+    "pca-sampling": "form 1 + z, PCA when sampling",
 }  # of experiments; others are called by their own name
 
 # %% ../nbs/06_evaluation.ipynb #06fa0001
@@ -58,7 +61,8 @@ FAMILIES = {"vae": "VAE", "ddpm": "DDPM", "diffusevae": "DiffuseVAE", "joint": "
             "adaptive": "adaptive conditioning", "latent": "latent diffusion", "distill": "distilled",
             "quant": "quantised", "pca": "PCA guidance"}  # by the first word of an experiment's name
 
-TEACHERS = {"distill-form1": "diffusevae-form1", "distill-form2": "diffusevae-form2", "distill-ddpm": "ddpm"}
+TEACHERS = {"distill-form1": "diffusevae-form1", "distill-form2": "diffusevae-form2", "distill-ddpm": "ddpm",
+            "distill-form1-z": "diffusevae-form1-z"}
 
 
 def label(experiment: str) -> str:

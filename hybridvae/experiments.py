@@ -6,8 +6,8 @@
 __all__ = ['PRESETS', 'Scope', 'FIRST', 'EVERY', 'PHOTOGRAPHS', 'THREE', 'ONE', 'ALL', 'SHAPES', 'ONCE', 'SCENES', 'SCENES_THREE',
            'SCENES_ONE', 'CPU', 'CPU_ONE', 'FULL', 'ONE_SHOT', 'MAIN', 'FEW', 'USUAL', 'EX_PDE', 'ANCESTRAL', 'CURVE',
            'VAE_EVALUATIONS', 'PLAIN_EVALUATIONS', 'HYBRID_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT',
-           'ADAPTIVE_EVALUATIONS', 'ADAPTIVE', 'LATENT', 'PCA', 'DISTILL', 'TABLES', 'Row', 'filled', 'inherited',
-           'in_place', 'entry_of', 'entries_of']
+           'ADAPTIVE_EVALUATIONS', 'ADAPTIVE', 'LATENT', 'PCA', 'DISTILL', 'TABLES', 'SHIPPED', 'Row', 'filled',
+           'inherited', 'in_place', 'entry_of', 'entries_of']
 
 # %% ../nbs/80_experiments.ipynb #afbb745c
 #| code-fold: true
@@ -415,10 +415,10 @@ ADAPTIVE += (
 # %% ../nbs/80_experiments.ipynb #9be45bb8
 _BY_CODES = Row("", shared=_MEASURED, n_study="n")
 _LATENT: dict = {"model": "LatentDiffusion", "vae": {"part": "places"}, "denoiser": {"part": "denoiser"},
-           "diffusion": {"part": "diffusion"}}
+           "diffusion": _COSINE}
 _MLP = {"vae": {"part": "vae"}, "denoiser": {"part": "mlp"}}
 _DRAWN: dict = {"model": "LatentDiffuseVAE", "unet": {"part": "unet"}, "diffusion": {"part": "diffusion"}, "form": 1,
-          "latent_diffusion": {"part": "diffusion"}}
+          "latent_diffusion": _COSINE}
 _REFINED = (*(MAIN | {"refine_steps": k} for k in (4, 2, 1)),
             MAIN | {"refine_steps": 20, "start": 1.0})  # as many evaluations of the U-Net as the DDPM takes
 _FITTED = tuple(MAIN | {"refine_steps": 4, "prior": prior} for prior in ("own", "ex-pde", "realnvp"))
@@ -428,6 +428,7 @@ LATENT: tuple[Row, ...] = (
         evaluate=(ONE_SHOT,), studies={"ceiling": EVERY}, shared=_BY_CODES),
     Row("latent", on=ALL | SCENES, model=_LATENT, train={"part": "train"}, needs={"vae": "latent-vae"},
         evaluate=PLAIN_EVALUATIONS, curve=_OTHERS, studies={"code_fit": EVERY}, shared=_BY_CODES),
+    Row("latent-x0", "latent", on=SCENES_ONE, model={"diffusion": _X0}),
     Row("latent-long", "latent", on=SHAPES, train={"part": "train", "times_kimg": "places_longer"}, evaluate=(MAIN,),
         studies={}),
     Row("latent-mlp", "latent", on=SHAPES, model=_MLP, needs={"vae": "vae"},
@@ -480,6 +481,14 @@ PCA += (
     Row("pca-k64-cpu", "pca-k64", shared=_PCA_CPU),
     Row("pca-k32-cpu", "pca-k32", shared=_PCA_CPU),
 )
+_FROM_SHIPPED = Row("", on={"cifar10": 1}, shared=_MEASURED, batch=100)
+_THOUSAND = EX_PDE | {"n": "n_study"}
+
+PCA += (
+    Row("pca-sampling", "pca-k128", train={}, needs=_both("diffusevae-form1-z"), studies={}, shared=_FROM_SHIPPED,
+        evaluate=tuple(MAIN | _THOUSAND | own for own in ({}, *({"components": k} for k in (8, 32, 64))))),
+)
+
 
 # %% ../nbs/80_experiments.ipynb #3a09247d
 _SEVERAL = tuple({"sampler": sampler, "steps": k, "n": "n"} for k in (8, 4, 2) for sampler in ("ddim", "dpmpp"))
@@ -533,6 +542,16 @@ DISTILL += (
     Row("distill-form1-z-4-cpu", "distill-form1-4", model={"z_guidance": True}, needs=_both("distill-form1-z-8-cpu"),
         evaluate=_mixed(_in(4) | FEW), shared=_FACES),
 )
+_BRIEFLY: dict = {"part": "train", "kimg": 8, "batch_size": 16, "lr": 1e-4}  # 500 steps: what two cores can do
+
+DISTILL += (
+    Row("distill-form1-z", "distill-form1-z-cpu", needs=_both("diffusevae-form1-z"), shared=_FROM_SHIPPED,
+        evaluate=tuple(e | _THOUSAND for e in _FEWER)),
+    Row("distill-form1-z-8", "distill-form1-z-8-cpu", needs=_both("diffusevae-form1-z"), shared=_FROM_SHIPPED,
+        train=_BRIEFLY, evaluate=(_in(8) | _THOUSAND,)),
+    Row("distill-form1-z-4", "distill-form1-z-4-cpu", needs=_both("distill-form1-z-8"), shared=_FROM_SHIPPED,
+        train=_BRIEFLY, evaluate=(_in(4) | _THOUSAND,)),
+)
 
 # %% ../nbs/80_experiments.ipynb #d7ce09f1
 DISTILL += (
@@ -576,6 +595,12 @@ DISTILL += (
 # %% ../nbs/80_experiments.ipynb #55e6c93f
 TABLES = {"diffusevae": DIFFUSEVAE + TRIALS, "joint": JOINT, "adaptive": ADAPTIVE, "latent": LATENT,
           "distillation": DISTILL, "pca_guidance": PCA}  # module: its rows
+
+SHIPPED = {  # preset and experiment, of seed 0: name of its weights in the package, see `Entry.shipped`
+    ("scenes", "vae"): "scenes-diffusevae", ("scenes", "diffusevae-form1"): "scenes-diffusevae",
+    ("scenes", "ddpm"): "scenes-ddpm", ("scenes", "adaptive-normal"): "scenes-adaptive",
+    ("cifar10", "vae"): "cifar10-diffusevae", ("cifar10", "diffusevae-form1-z"): "cifar10-diffusevae",
+}
 
 # %% ../nbs/80_experiments.ipynb #2174e628
 def filled(name: str) -> Row:
@@ -656,6 +681,7 @@ def entry_of(row: Row, name: str, seed: int = 0) -> Entry:
     model, train = in_place(row.model, preset), in_place(row.train, preset)
     return Entry(row.name, name.partition("-")[0], model, train or None, seed, prior_study=preset.get("study_prior"),
                  depends_on=dict(row.needs or {}), half=within(row.half), evaluations=_evaluations(row, name, seed),
+                 shipped=None if seed else SHIPPED.get((name, row.name)),
                  studies=tuple(study for study, scope in (row.studies or {}).items() if within(scope)),
                  **{key: value for key, value in options.items() if value is not None})
 

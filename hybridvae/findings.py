@@ -204,10 +204,14 @@ ACCELERATION = (
                ("distill-form1", {})),
     Comparison("distilled, same steps", "Is a student better than the teacher in as few steps?",
                ("distill-form1-4", {}), ("distill-form1", {"sampler": "dpmpp", "steps": 4})),
+    Comparison("distilled photographs", "On photographs, is a student better than the teacher in as few steps?",
+               ("distill-form1-z-4", {}), ("distill-form1-z", {"steps": 4})),
     Comparison("pca", "What does guidance by a third of the components cost, on drawn images?", ("pca-k4", {}),
                ("pca-k12", {})),
     Comparison("pca faces", "What does guidance by a quarter of the components cost, on faces?", ("pca-k32", {}),
                ("pca-k128", {})),
+    Comparison("pca photographs", "What does it cost on photographs, when sampling only?",
+               ("pca-sampling", {"components": 32}), ("pca-sampling", {})),
 )
 SECTIONS = (STAGE_1, STAGES_2_AND_3 + FITTED_CODES, BONUS, ACCELERATION)  # each a family, as in the lessons
 COMPARISONS = sum(SECTIONS, ())
@@ -297,6 +301,7 @@ def _told(names: list[str] | None, comparison: Comparison) -> list[str]:
         told += [name for name, strategy in STRATEGIES.items() if experiment == "adaptive-normal" and strategy == own]
         told += [f"by {by}"] if by != USUAL else []
         told += [{"ex-pde": "fitted mixture", None: "N(0, I)"}[options["prior"]]] if "prior" in options else []
+        told += [f"{options['components']} components"] if "components" in options else []
         told += [f"{options['steps']} steps"] if "steps" in options and comparison.key != "adaptive" else []
         words.append(", ".join(told))
     return words

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE_KINDS', 'results_folder', 'record_roots', 'all_records', 'outdated', 'recorded', 'evaluation_of', 'beside',
            'values_of', 'answers_of', 'floor_of', 'no_record', 'grid_of', 'sampling_times', 'time_of',
-           'mean_and_spread', 'results_table']
+           'mean_and_spread', 'in_table', 'results_table']
 
 # %% ../nbs/00i_records.ipynb #9d760e07
 #| code-fold: true
@@ -155,8 +155,8 @@ def mean_and_spread(values: list[float] | dict[int, float], digits: int = 2) -> 
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
-def _in_table(metrics: list[dict]) -> str:
-    "Mean and deviation over seeds; of one seed over its images, where that is known."
+def in_table(metrics: list[dict]) -> str:
+    "A metric's entries of each seed in a cell: mean ± deviation over seeds; of one seed over its images, where known."
     if len(metrics) == 1 and "deviation" in metrics[0]:
         return f"{metrics[0]['value']:,.2f} (± {metrics[0]['deviation']:.2f})"
     return mean_and_spread([m["value"] for m in metrics])
@@ -177,7 +177,7 @@ def _row(own: list[dict], kinds: tuple) -> dict:
     metrics = {name: [e["metrics"][name] for e in mains if name in e["metrics"]]
                for kind in kinds for name in mains[0]["metrics"] if _is_kind(name, kind)}
     seconds = time_of(own[0]["dataset"], own[0]["experiment"], **options_of(mains[0]))
-    return {name: _in_table(values) for name, values in metrics.items()} | {
+    return {name: in_table(values) for name, values in metrics.items()} | {
         "ms per image": "" if seconds is None else f"{1000 * seconds:,.2f}", "NFE": mains[0]["nfe"],
         "n": f"{mains[0]['n']:,}", "seeds": len(own)}
 

@@ -27,10 +27,11 @@ from .core import (Draws, Model, Source, atomic_path, build_model, config_hash, 
                             write_json, write_record, HybridVAEError)
 from .data import CELEBA_IMAGES, Batches, ImageData, data_root, load_data, read_array, read_npz
 from .entries import Entry, find_entry, options_of, studied_with
-from .features import FEATURE_WEIGHTS, FeatureModel, is_feature_network, load_features, shipped_features
+from .features import (FEATURE_WEIGHTS, FeatureModel, is_feature_network, load_features, shipped_features,
+                                weights_folder)
 from .metrics import (ImageStatistics, compare, describe, distance_floors, distance_scale, load_inception)
 from .priors import Prior
-from .records import outdated, recorded
+from .records import outdated, record_roots, recorded
 from .training import (COMPILE_FROM, Processes, TrainConfig, TrainResult, autocast, check_same_run,
                                 choose_compile, choose_precision, compile_networks, eager, peak_memory, train)
 
@@ -322,6 +323,7 @@ class _Fitting(_Steps):
         self.show(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {parameters:,} parameters, "
                   f"{choose_precision(device, entry.precision)} on {device_name(device)}")
         if entry.train is None:
+            model.prepare(data)
             return TrainResult(True, None, 0, 0.0, 0.0, [], 0, [])
         return train(model, data, TrainConfig(**entry.train), entry.folder(self.runs), entry.seed, test,
                      self.clock.left(), cpu=self.cpu, progress=self.progress)
@@ -333,6 +335,33 @@ class _Fitting(_Steps):
         images = {"data_hash": _images(*_key(entry))[0].fingerprint}
         check_same_run(folder, trained, {"config_hash": config_hash(entry.config)}, images)
         return load_trained(folder, trained), trained
+
+# %% ../nbs/00i_runs.ipynb #526a1739
+def _check_one_vae(entry: Entry, model: Model, parent: Model, name: str) -> None:
+    "Raises `HybridVAEError` where a model that is not trained any more has parts of two VAEs, the last of `parent`."
+    vaes = [m.get_submodule("vae") for m in (parent, model) if hasattr(m, "vae")]
+    if entry.train is None and hasattr(parent, "vae") and len({weights_hash(vae) for vae in vaes}) > 1:
+        raise HybridVAEError(f"{entry.experiment} is put together from parts of different VAEs, the last from {name}: "
+                             "train its parts again in an empty folder.")
+
+
+def _without_prior(config):
+    "A config with no prior of codes at any depth."
+    return {k: _without_prior(v) for k, v in config.items() if k != "prior"} if isinstance(config, dict) else config
+
+
+def _shipped_run(entry: Entry, runs: Path) -> Model | None:
+    "The shipped weights of a recorded run in the model of its config; None where there are none that fit."
+    path = weights_folder() / f"{entry.shipped}.safetensors"
+    if not entry.shipped or not path.exists() or not entry.fits(recorded(entry, *record_roots(), runs)):
+        return None
+    model, whole = build_model(entry.model), load_model(path)
+    for part in (whole, getattr(whole, "vae", whole)):  # a VAE is shipped within its hybrid
+        state, wanted = part.state_dict(), model.state_dict()
+        if _without_prior(part.config) == _without_prior(model.config) and wanted.keys() <= state.keys():
+            model.load_state_dict({k: state[k] for k in wanted})  # the prior was fitted for those who sample
+            return model.eval()
+    return None
 
 # %% ../nbs/00i_runs.ipynb #ff95e019
 @dataclasses.dataclass
@@ -356,19 +385,23 @@ class _Training(_Fitting):
             self.processes.once(lambda: _keep(model, folder, torch.float16 if half else None, trained))
         return model, trained
 
+    def parent(self, entry: Entry) -> Model:
+        "A trained model that others start from: that of the run, or the shipped one where the run's weights are gone."
+        if not self.is_trained(entry) and (model := _shipped_run(entry, self.runs)):
+            self.show(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: the shipped weights {entry.shipped}")
+            return model
+        return self.train(entry)[0]
+
     def assembled(self, entry: Entry) -> tuple[Model, dict[str, str]]:
         "The untrained model with the trained parts that it starts from, and their weights' hashes by experiment."
         torch.manual_seed(derive_seed("init", entry.seed))
         model, parents = build_model(entry.model), {}
         for attribute, name in entry.depends_on.items():
-            parent, _ = self.train(find_entry(self.entries, name, entry.seed, entry.dataset))
+            parent = self.parent(find_entry(self.entries, name, entry.seed, entry.dataset))
             part = getattr(parent, attribute, parent)  # its part of that name, or all of it
             getattr(model, attribute).load_state_dict(part.state_dict())
             parents[name] = weights_hash(parent)
-            vaes = [m.get_submodule("vae") for m in (parent, model) if hasattr(m, "vae")]
-            if entry.train is None and hasattr(parent, "vae") and len({weights_hash(vae) for vae in vaes}) > 1:
-                raise HybridVAEError(f"{entry.experiment} is put together from parts of different VAEs, the last from "
-                                     f"{name}: train its parts again in an empty folder.")
+            _check_one_vae(entry, model, parent, name)
         return model, parents
 
 # %% ../nbs/00i_runs.ipynb #c23bf629

@@ -7,9 +7,10 @@ import pytest
 from conftest import complains
 from hybridvae import adaptive, experiments
 from hybridvae.campaign import queue
-from hybridvae.core import config_hash, load_records
-from hybridvae.experiments import ONCE, PRESETS, TABLES, Row, entries_of, entry_of, filled, inherited
+from hybridvae.core import build_model, config_hash, load_records
+from hybridvae.experiments import ONCE, PRESETS, SHIPPED, TABLES, Row, entries_of, entry_of, filled, inherited
 from hybridvae.records import results_folder
+from hybridvae.runs import _shipped_run
 
 ENTRIES = entries_of()
 ROWS = [row for table in TABLES.values() for row in table]
@@ -105,6 +106,14 @@ def test_the_strategies_that_are_evaluated_are_those_of_the_study():
         assert any(options.items() <= e.items() for e in measured), options
     names = {e["uncertainty"] for e in entry_of(filled("adaptive-normal"), "shapes").evaluations if "uncertainty" in e}
     assert names == set(adaptive.UNCERTAINTIES)
+
+
+@pytest.mark.parametrize("preset, name", SHIPPED)
+def test_what_the_package_ships_of_a_run_is_of_its_config(preset, name, tmp_path):
+    entry = entry_of(filled(name), preset)
+    model = _shipped_run(entry, tmp_path)
+    assert model.config == build_model(entry.model).config and SHIPPED[preset, name] == entry.shipped
+    assert entry_of(filled(name), preset, 1).shipped is None
 
 
 def test_unknown_data_sets_and_stages_are_refused():

@@ -298,3 +298,16 @@ def test_the_command_measures_every_variant_beside_what_the_file_holds(tmp_path,
     assert rows[0]["changes"] == {} and rows[2]["changes"].keys() == {"FD (shapes)", "texture distance"}
     assert rows[0]["rms_levels"] == 0 < rows[2]["rms_levels"] and all("texture distance" in r["metrics"] for r in rows)
     assert run(*words, "--json", file).exit_code != 0  # of which data?
+    few = run(*words, "--dataset", "shapes", "--json", file, "--variant", "int8")
+    assert few.exit_code == 0, few.output
+    assert [r["variant"] for r in json.loads(file.read_text())[str(words[2])]["rows"]] == ["fp32", "int8"]
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (("--variant", "int8"), "give --dataset"), (("--dataset", "shapes", "--json", "m.json", "--variant", "int7"), "'int7'")])
+def test_a_variant_that_cannot_be_measured_is_refused_before_any_work(tmp_path, words, sentence):
+    save_model(DDPM(UNET), tmp_path / "ddpm.safetensors")
+    said = CliRunner().invoke(app, ["quantize", "--weights", str(tmp_path / "ddpm.safetensors"), *words,
+                                    "--out", str(tmp_path / "small.safetensors")])
+    assert said.exit_code != 0 and sentence in str(said.exception) + said.output
+    assert not (tmp_path / "small.safetensors").exists()

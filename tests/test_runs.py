@@ -380,6 +380,48 @@ def test_a_dependency_without_weights_is_trained_again_and_named_by_the_weights_
     assert recorded(COARSE, tmp_path) == other  # a record says what was measured, and is left alone
 
 
+@pytest.fixture(scope="module")
+def gone(tmp_path_factory):
+    "A record of the VAE whose weights are gone, and a hybrid with its weights, in int8, with a prior fitted to codes."
+    folder, weights = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("weights")
+    record = run(COARSE, folder)
+    hybrid = DiffuseVAE({**TINY_VAE, "prior": {"prior": "GaussianMixture", "dim": 4, "components": 2}}, TINY_UNET)
+    hybrid.vae.load_state_dict(load_model(COARSE.folder(folder) / "model.safetensors").state_dict(), strict=False)
+    save_model(hybrid, weights / "small.safetensors", torch.int8)
+    return record, weights
+
+
+def hybrid_of(gone, monkeypatch, folder, recorded=True, **changes):
+    "The record of the hybrid whose VAE is recorded, or not, and shipped; the VAE's folder."
+    record, weights = gone
+    monkeypatch.setattr(runs, "weights_folder", lambda: weights)
+    parent = dataclasses.replace(COARSE, **{"shipped": "small"} | changes)
+    if recorded:
+        write_record(folder, record | {"config": json.loads(json.dumps(parent.config))})
+    return run(HYBRID, folder, entries=[NETWORK, parent, HYBRID]), parent.folder(folder)
+
+
+def test_a_recorded_dependency_whose_weights_are_gone_is_the_shipped_one(gone, tmp_path, monkeypatch):
+    found, folder = hybrid_of(gone, monkeypatch, tmp_path)
+    shipped = load_model(gone[1] / "small.safetensors").vae
+    whole = load_model(HYBRID.folder(tmp_path) / "model.safetensors")
+    assert not (folder / "trained.json").exists()
+    assert all(torch.equal(v, shipped.state_dict()[k]) for k, v in whole.vae.state_dict().items())
+    assert found["depends_on"] == {"vae": weights_hash(whole.vae)} != {"vae": gone[0]["weights_hash"]}
+
+
+@pytest.mark.parametrize("changes", [
+    {"recorded": False}, {"shipped": None}, {"shipped": "absent"}, {"model": COARSE.model | {"sigma": 0.1}}])
+def test_shipped_weights_take_the_place_of_no_other_run(gone, tmp_path, monkeypatch, changes):
+    "Of one without a record, of one whose weights are not shipped, of one with another config."
+    assert (hybrid_of(gone, monkeypatch, tmp_path, **changes)[1] / "trained.json").exists()
+
+
+def test_the_weights_of_the_run_itself_come_before_shipped_ones(gone, whole, tmp_path, monkeypatch):
+    shutil.copytree(COARSE.folder(whole[0]), COARSE.folder(tmp_path))
+    assert hybrid_of(gone, monkeypatch, tmp_path)[0]["depends_on"] == whole[1]["depends_on"]
+
+
 def test_weights_that_were_removed_are_made_again(tmp_path):
     first = run(COARSE, tmp_path)
     (COARSE.folder(tmp_path) / "model.safetensors").unlink()
