@@ -2,6 +2,7 @@
 
 Each check of a notebook returns what is wrong, and is itself tried on a planted fault.
 """
+import ast
 import json
 import re
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_site import NOTEBOOKS, cells, code, directives, md, only_imports, source
+from test_site import NOTEBOOKS, cells, code, directives, md, only_imports, parsed, source
 
 ROOT = Path(__file__).parents[1]
 LINE, CELL, LESSON_CELL = 120, 40, 25  # characters of a line; lines of a cell, and of one in the lessons 01 to 07
@@ -75,7 +76,17 @@ def words(path, nb):
     return faults
 
 
-CHECKS = [bounded_cells, short_lines, folded_imports, words]
+def rows_with_names(path, nb):
+    "A reader who has to count rows or columns to know what they are: their names belong beside them."
+    calls = [node for cell in cells(nb, "code") for node in ast.walk(parsed(cell))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "show_images"]
+    titles = [ast.unparse(title) for call in calls
+              for title in [*call.args[1:2], *(word.value for word in call.keywords if word.arg == "title")]]
+    return [f"the title {title} names rows or columns: give rows=[...], columns=[...]" for title in titles
+            if re.search(r";| \| |\brows:|\bcolumns:", title)]
+
+
+CHECKS = [bounded_cells, short_lines, folded_imports, words, rows_with_names]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -108,6 +119,7 @@ GOOD = [
     code("#| export\n#| code-fold: true\nimport math\n# the package\nfrom pathlib import Path"),
     code('answers["trusted"], answers[\'doubted\'], torch.eye(3)'),
     code("x = 1\n" * LESSON_CELL),
+    code("show_images(x, 'samples', rows=['x̂', 'refined'])\nplt.title('real; made')"),
 ]
 
 
@@ -130,6 +142,9 @@ FAULTS = [
     (words, LESSON, md("x̂ is trusted"), "conditioning strength"),
     (words, LESSON, code("distrust = 1"), "conditioning strength"),
     (words, LESSON, code("# in doubt"), "uncertainty"),
+    (rows_with_names, LESSON, code("show_images(x, 'real; refined', zoom=2)"), "'real; refined'"),
+    (rows_with_names, LESSON, code("show_images(x, title='rows: ' + names)"), "names rows"),
+    (rows_with_names, LESSON, code("show_images(x, f'float | int{bits}')"), "names rows"),
 ]
 
 
