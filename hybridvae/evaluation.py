@@ -40,7 +40,7 @@ LABELS = {
     "flow-vae": "VAE, flow prior", "adaptive-normal": "adaptive", "adaptive-flow": "adaptive, flow prior",
     "joint-0.1": "joint, λ = 0.1", "joint-1": "joint, λ = 1", "joint-10": "joint, λ = 10",
     "joint-100": "joint, λ = 100", "joint-b16-10": "joint, λ = 10, β = 16", "joint-bound": "joint, bound's weights",
-    "latent": "latent", "latent-long": "latent, longer", "latent-mlp": "latent, vectors",
+    "latent": "latent", "latent-x0": "latent, x₀", "latent-long": "latent, longer", "latent-mlp": "latent, vectors",
     "latent-mlp-long": "latent, vectors, longer", "latent-hybrid": "latent hybrid", "latent-vae": "VAE, spatial codes",
     "joint-linear": "joint, λ rising", "joint-cosine": "joint, λ rising, cosine",
     "joint-uncertainty": "joint, λ learned", "joint-gradient-norm": "joint, λ by gradients",

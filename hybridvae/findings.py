@@ -159,6 +159,8 @@ STAGE_1 = (
                ("diffusevae-form1", MIXTURE), ("ddpm", {})),
     Comparison("steps", "What do fewer steps cost?", (REFINER, {"steps": 10, "n": 2_000}),
                (REFINER, {"steps": 50, "n": 2_000})),
+    Comparison("steps form 1", "And form 1, on drawn images?", ("diffusevae-form1", {"steps": 10, "n": 1_000}),
+               ("diffusevae-form1", {"steps": 50, "n": 1_000})),
 )
 
 # %% ../nbs/90e_findings.ipynb #c5623665
@@ -190,14 +192,19 @@ STAGES_2_AND_3 = (
     Comparison("adaptive control", "Is it the uncertainty that helps, or weaker conditioning alone?",
                _with("adaptive strength", **NORMAL), _with("shuffled strength", **NORMAL), CHOSEN),
 )
+
+# %% ../nbs/90e_findings.ipynb #cab86ade
 BONUS = (
     Comparison("latent", "Can diffusion of spatial codes replace that of pixels?", ("latent-long", {}), ("ddpm", {})),
+    Comparison("latent, equal images", "Can it, with as many images?", ("latent", {}), ("ddpm", {})),
     Comparison("latent vectors", "Can diffusion of the VAE's vectors replace that of pixels?", ("latent-mlp-long", {}),
                ("ddpm", {})),
     Comparison("latent hybrid", "Can four steps of the refiner on diffused codes replace it?", ("latent-hybrid", {}),
                ("ddpm", {})),
     Comparison("latent control", "Is diffusion of codes better than a fitted mixture, for the same four steps?",
                ("latent-hybrid", {}), ("latent-hybrid", MIXTURE)),
+    Comparison("latent prior", "And for a refinement from noise, in 20 steps?",
+               ("latent-hybrid", {"refine_steps": 20, "start": 1.0}), ("diffusevae-form1", MIXTURE)),
 )
 ACCELERATION = (
     Comparison("distilled", "What do four steps of a distilled student cost?", ("distill-form1-4", {}),
@@ -302,6 +309,7 @@ def _told(names: list[str] | None, comparison: Comparison) -> list[str]:
         told += [f"by {by}"] if by != USUAL else []
         told += [{"ex-pde": "fitted mixture", None: "N(0, I)"}[options["prior"]]] if "prior" in options else []
         told += [f"{options['components']} components"] if "components" in options else []
+        told += [f"{options['refine_steps']} steps in pixels"] if "refine_steps" in options else []
         told += [f"{options['steps']} steps"] if "steps" in options and comparison.key != "adaptive" else []
         words.append(", ".join(told))
     return words

@@ -394,14 +394,12 @@ def distances_after(
 ) -> list[dict]:
     """A row for each variant: metrics against the held-out images, and what rounding did to images and distances.
 
-    `rms_levels`: root mean square difference from the float model's images, of 255; `changes`: see there. Raises
-    `HybridVAEError` for an unknown variant.
+    `rms_levels`: root mean square difference from the float model's images, of 255; `changes`: see there.
     """
-    names = checked_variants(names)
     variants, real = {"fp32": model, "bf16": model, **int8_variants(model)}, describe(features, test.batches(200))
     first, rows = _drawn(model, n, seed, batch), []
     before = describe(features, first)
-    for name in names:
+    for name in checked_variants(names):
         images = first if name == "fp32" else _drawn(variants[name], n, seed, batch, half=name == "bf16")
         after = describe(features, images)
         apart = (images.float() - first.float()).square().mean().sqrt().item()

@@ -161,12 +161,13 @@ WRONG = {
         "at_level = lambda x_hat, z, level: x_hat",
         "at_level = lambda x_hat, z, level: model.refine(x_hat, z, steps=3, "
         "generator=torch.Generator().manual_seed(0))"],
-    ("04_latent_diffusion", 1): [
+    ("04_latent_diffusion", 1): ["factor = 4", "factor = 64", "factor = 2"],
+    ("04_latent_diffusion", 2): [
         "halves = lambda vae, a, b: vae.reconstruct(a)",
         "halves = lambda vae, a, b: vae.decode(torch.cat([vae.encode(a)[0].chunk(2, 1)[0], "
         "vae.encode(b)[0].chunk(2, 1)[1]], 1))"],
-    ("04_latent_diffusion", 2): ["affordable = lambda hybrid, pixel, steps: steps", "affordable = lambda *models: 1"],
-    ("04_latent_diffusion", 3): [
+    ("04_latent_diffusion", 3): ["affordable = lambda hybrid, pixel, steps: steps", "affordable = lambda *models: 1"],
+    ("04_latent_diffusion", 4): [
         "repaired = lambda z, start, steps=10: z",
         "repaired = lambda z, start, steps=10: z + start * torch.randn_like(z)",
         "repaired = lambda z, start, steps=10: latent.latent.sample(len(z), seeded())"],
@@ -206,12 +207,13 @@ WRONG = {
         "moved = lambda error=0.01: dict.fromkeys(('eps', 'v', 'x0'), error)",
         "moved = lambda error=0.01: {'eps': 1 * error, 'v': 157 * error, 'x0': error}"],
     ("05b_distillation", 4): ["one_step = lambda start, images=160: student_of(teacher, 1)", ONE_TEACHER],
-    ("05c_pca_guidance", 1): ["without = lambda pca, z, i: pca.project(z, i)",
+    ("05c_pca_guidance", 1): ["first = 'same'", "first = 'larger'"],
+    ("05c_pca_guidance", 2): ["without = lambda pca, z, i: pca.project(z, i)",
                               "without = lambda pca, z, i: z * (torch.arange(z.shape[1]) != i)",
                               "without = lambda pca, z, i: z - (z @ pca.components[i])[:, None] * pca.components[i]"],
-    ("05c_pca_guidance", 2): ["needed = lambda pca, share: int((pca.share() < share).sum())",
+    ("05c_pca_guidance", 3): ["needed = lambda pca, share: int((pca.share() < share).sum())",
                               "needed = lambda pca, share: max(1, round(share * len(pca.mean)))"],
-    ("05c_pca_guidance", 3): ["safe_scores = lambda pca, least=0.1: scores(1, pca, True)",
+    ("05c_pca_guidance", 4): ["safe_scores = lambda pca, least=0.1: scores(1, pca, True)",
                               "safe_scores = lambda pca, least=0.1: scores(1, pca)"],
 }
 

@@ -16,7 +16,7 @@ from hybridvae.data import ImageData, draw_shapes, shapes_factors
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.diffusion import GaussianDiffusion
 from hybridvae.experiments import entries_of
-from hybridvae.features import FeatureNetwork, weights_folder
+from hybridvae.features import FeatureNetwork
 from hybridvae.latent import (TIMES_LESS, DiffusionPrior, LatentDiffuseVAE, LatentDiffusion, ResidualMLP, gain,
                               sampling_flops)
 from hybridvae.metrics import describe, frechet_distance, paired, paired_family

@@ -304,7 +304,8 @@ def test_the_command_measures_every_variant_beside_what_the_file_holds(tmp_path,
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (("--variant", "int8"), "give --dataset"), (("--dataset", "shapes", "--json", "m.json", "--variant", "int7"), "'int7'")])
+    (("--variant", "int8"), "give --dataset"),
+    (("--dataset", "shapes", "--json", "m.json", "--variant", "int7"), "'int7'")])
 def test_a_variant_that_cannot_be_measured_is_refused_before_any_work(tmp_path, words, sentence):
     save_model(DDPM(UNET), tmp_path / "ddpm.safetensors")
     said = CliRunner().invoke(app, ["quantize", "--weights", str(tmp_path / "ddpm.safetensors"), *words,
