@@ -525,7 +525,7 @@ VariantNames = Annotated[list[str] | None, typer.Option(
     "--variant", help="with --dataset: only the float model and this one, such as int8; may be repeated")]
 OnTrajectory = Annotated[int, typer.Option(help="timesteps at which they are measured, evenly spaced, 1 to 1000")]
 
-
+# %% ../nbs/91_cli.ipynb #8c54e2ca
 @app.command(epilog=_examples("quantize --weights shapes-diffusevae --out small.safetensors",
                               "quantize --weights shapes-diffusevae --dataset shapes --json distances.json"))
 def quantize(
