@@ -235,8 +235,10 @@ def of_one_size(records: list[dict], *experiments: str) -> list[str] | None:
 
 
 def with_refiner(records: list[dict], *others: str) -> list[str] | None:
-    "As `of_one_size`, of others and the refiner: form 1 with z, or without it where only that has records."
-    return of_one_size(records, *others, REFINER) or of_one_size(records, *others, "diffusevae-form1")
+    "As `of_one_size`, of others and the refiner: form 1 with z, or without it where that has more trainings."
+    found = [of_one_size(records, *others, name) for name in (REFINER, "diffusevae-form1")]
+    trainings = lambda names: sum(r["experiment"] == names[-1] for r in records)
+    return max(filter(None, found), key=trainings, default=None)
 
 
 def evaluations_of(records: list[dict], experiment: str, options: dict) -> dict[int, dict]:
