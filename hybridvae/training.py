@@ -454,11 +454,28 @@ class Processes:
             raise answer[1]
         return answer[0]
 
+# %% ../nbs/00g_training.ipynb #ca6e03f6
+def _state(task: Path) -> str:
+    "The state of a thread, R where it runs; nothing of one that has just ended."
+    with contextlib.suppress(OSError):
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def _let_others_rest(seconds: float = 5.0) -> None:
+    "Wait until no other thread runs, as seen three times in a row (on Linux, elsewhere a moment), at most so long."
+    rested, end, own = 0, time.monotonic() + seconds, str(threading.get_native_id())
+    while rested < 3 and time.monotonic() < end:
+        time.sleep(0.01)  # meanwhile a thread that waits for Python's lock gets it
+        states = [_state(task) for task in Path("/proc/self/task").glob("*") if task.name != own]
+        rested = 0 if "R" in states else rested + 1
+
 
 @atexit.register
 def _disconnect() -> None:
-    "Ends the threads of the processes' connection: the interpreter, at its own end, now and then aborts on them."
+    "Ends the processes' connection when its threads rest."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _let_others_rest()
         torch.distributed.destroy_process_group()
 
 # %% ../nbs/00g_training.ipynb #cell-019

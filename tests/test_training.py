@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -636,3 +638,28 @@ def test_a_slow_run_leaves_a_checkpoint_every_few_minutes(tmp_path, monkeypatch)
         now[0] += 60
     quietly(before_each_loss(small_vae(), step), tmp_path, settings(steps=22), checkpoint_kimg=1e9)
     assert saved == [5, 10, 15, 20, 22]
+
+
+# --- the end of a process that was connected to others ---------------------------------------------------------------
+
+def busy(until, done):
+    "Work outside of Python's lock until a moment."
+    while time.monotonic() < until:
+        zlib.compress(bytes(2_000_000), 9)
+    done.set()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_the_end_waits_for_threads_that_run():
+    done = threading.Event()
+    threading.Thread(target=busy, args=(time.monotonic() + 0.5, done), daemon=True).start()
+    training._let_others_rest()
+    assert done.is_set()
+
+
+def test_the_end_does_not_wait_for_ever():
+    done, start = threading.Event(), time.monotonic()
+    threading.Thread(target=busy, args=(start + 2.0, done), daemon=True).start()
+    training._let_others_rest(0.1)
+    assert time.monotonic() - start < 1.5 and not done.is_set()
+    assert done.wait(10)
