@@ -7,6 +7,7 @@ __all__ = ['entries_of_every_size', 'matching', 'with_dependencies', 'generators
 
 # %% ../nbs/90a_selection.ipynb #043f07e3
 #| code-fold: true
+import dataclasses
 import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from .campaign import SIZES, queue, state
 from .core import MODELS, HybridVAEError, record_path
 from .experiments import PRESETS
 from .entries import Entry
+from .records import record_roots, recorded
 
 # %% ../nbs/90a_selection.ipynb #ccd89e41
 def entries_of_every_size(dataset: str) -> list[Entry]:
@@ -45,10 +47,12 @@ def _matches(entry: Entry, pattern: str) -> bool:
 def with_dependencies(entries: list[Entry], patterns: Iterable[str]) -> list[Entry]:
     """The entries that match and all that they depend on, in the order of `entries`.
 
-    Raises `HybridVAEError` for a pattern without a match.
+    What is recorded and only depended on is not measured any further: it has no evaluations and studies here. Raises
+    `HybridVAEError` for a pattern without a match.
     """
     by_key = {(e.dataset, e.experiment, e.seed): e for e in entries}
-    waiting, needed = [(e.dataset, e.experiment, e.seed) for e in matching(entries, patterns)], set()
+    asked, needed = matching(entries, patterns), set()
+    waiting = [(e.dataset, e.experiment, e.seed) for e in asked]
     while waiting:
         key = waiting.pop()
         if key in needed or key not in by_key:
@@ -57,7 +61,9 @@ def with_dependencies(entries: list[Entry], patterns: Iterable[str]) -> list[Ent
         entry = by_key[key]
         waiting += [(entry.dataset, name, entry.seed) for name in entry.depends_on.values()]
         waiting += [(entry.dataset, entry.features, 0)] if entry.features else []
-    return [e for key, e in by_key.items() if key in needed]
+    done = lambda e: e not in asked and e.fits(recorded(e, *record_roots()))
+    return [dataclasses.replace(e, evaluations=(), studies=()) if done(e) else e
+            for key, e in by_key.items() if key in needed]
 
 # %% ../nbs/90a_selection.ipynb #85ad4121
 def generators_of(dataset: str, patterns: Iterable[str]) -> list[Entry]:

@@ -548,13 +548,26 @@ def test_campaign_runs_what_is_missing_once(tiny, tmp_path, monkeypatch):
     assert re.search(r"shapes +vae +recorded", listed)
 
 
+def test_what_is_recorded_and_only_depended_on_is_not_measured_again():
+    "Its weights may be gone, and to complete its record would train it again."
+    entries = campaigns.queue("cifar10")
+    of = lambda *patterns: {(e.experiment, e.seed): e for e in selection.with_dependencies(entries, patterns)}
+    parent, child = ("diffusevae-form1-z", 0), ("pca-sampling", 0)
+    one, both = of("pca-sampling"), of("pca-sampling", "diffusevae-form1-z@0")
+    assert one[parent].evaluations == one[parent].studies == () and one[parent].config == both[parent].config
+    assert both[parent].studies and both[parent].evaluations and one[child] == both[child] and one[child].evaluations
+    new = of("diffusevae-form2@1")["vae", 1]  # without a record
+    assert new.evaluations and new.studies
+
+
 def test_a_filter_keeps_what_is_depended_on():
     entries = campaigns.queue("cifar10")
     picked = selection.with_dependencies(entries, ["diffusevae-form2*"])
     names = {e.experiment for e in picked}
     assert {"features", "vae", "diffusevae-form2", "diffusevae-form2-z"} <= names
     assert not {"ddpm", "diffusevae-form1"} & names
-    assert picked == [e for e in entries if e in picked]  # in their order
+    key = lambda e: (e.experiment, e.seed)
+    assert [*map(key, picked)] == [key(e) for e in entries if key(e) in {*map(key, picked)}]  # in their order
     seeds = lambda name: {e.seed for e in picked if e.experiment == name}
     assert seeds("vae") == seeds("diffusevae-form2")
 
