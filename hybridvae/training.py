@@ -458,7 +458,7 @@ class Processes:
 def _state(task: Path) -> str:
     "The state of a thread, R where it runs; nothing of one that has just ended."
     with contextlib.suppress(OSError):
-        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+        return (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
     return ""
 
 
