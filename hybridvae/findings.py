@@ -159,8 +159,8 @@ STAGE_1 = (
                ("diffusevae-form1", MIXTURE), ("ddpm", {})),
     Comparison("steps", "What do fewer steps cost?", (REFINER, {"steps": 10, "n": 2_000}),
                (REFINER, {"steps": 50, "n": 2_000})),
-    Comparison("steps form 1", "And form 1, on drawn images?", ("diffusevae-form1", {"steps": 10, "n": 1_000}),
-               ("diffusevae-form1", {"steps": 50, "n": 1_000})),
+    Comparison("steps form 1", "What do fewer steps cost form 1, on drawn images?",
+               ("diffusevae-form1", {"steps": 10, "n": 1_000}), ("diffusevae-form1", {"steps": 50, "n": 1_000})),
 )
 
 # %% ../nbs/90e_findings.ipynb #c5623665
@@ -196,14 +196,15 @@ STAGES_2_AND_3 = (
 # %% ../nbs/90e_findings.ipynb #cab86ade
 BONUS = (
     Comparison("latent", "Can diffusion of spatial codes replace that of pixels?", ("latent-long", {}), ("ddpm", {})),
-    Comparison("latent, equal images", "Can it, with as many images?", ("latent", {}), ("ddpm", {})),
+    Comparison("latent, equal images", "Can spatial codes replace pixels after training on as many images?",
+               ("latent", {}), ("ddpm", {})),
     Comparison("latent vectors", "Can diffusion of the VAE's vectors replace that of pixels?", ("latent-mlp-long", {}),
                ("ddpm", {})),
     Comparison("latent hybrid", "Can four steps of the refiner on diffused codes replace it?", ("latent-hybrid", {}),
                ("ddpm", {})),
     Comparison("latent control", "Is diffusion of codes better than a fitted mixture, for the same four steps?",
                ("latent-hybrid", {}), ("latent-hybrid", MIXTURE)),
-    Comparison("latent prior", "And for a refinement from noise, in 20 steps?",
+    Comparison("latent prior", "Is diffusion of codes better than a mixture, for 20 steps from noise?",
                ("latent-hybrid", {"refine_steps": 20, "start": 1.0}), ("diffusevae-form1", MIXTURE)),
 )
 ACCELERATION = (
@@ -212,12 +213,12 @@ ACCELERATION = (
     Comparison("distilled, same steps", "Is a student better than the teacher in as few steps?",
                ("distill-form1-4", {}), ("distill-form1", {"sampler": "dpmpp", "steps": 4})),
     Comparison("distilled photographs", "On photographs, is a student better than the teacher in as few steps?",
-               ("distill-form1-z-4", {}), ("distill-form1-z", {"steps": 4})),
+               ("distill-form1-z-4", {}), ("distill-form1-z", {"sampler": "dpmpp", "steps": 4})),
     Comparison("pca", "What does guidance by a third of the components cost, on drawn images?", ("pca-k4", {}),
                ("pca-k12", {})),
     Comparison("pca faces", "What does guidance by a quarter of the components cost, on faces?", ("pca-k32", {}),
                ("pca-k128", {})),
-    Comparison("pca photographs", "What does it cost on photographs, when sampling only?",
+    Comparison("pca photographs", "What do a quarter of the components cost on photographs, when sampling only?",
                ("pca-sampling", {"components": 32}), ("pca-sampling", {})),
 )
 SECTIONS = (STAGE_1, STAGES_2_AND_3 + FITTED_CODES, BONUS, ACCELERATION)  # each a family, as in the lessons

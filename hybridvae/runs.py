@@ -323,7 +323,7 @@ class _Fitting(_Steps):
         self.show(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: {parameters:,} parameters, "
                   f"{choose_precision(device, entry.precision)} on {device_name(device)}")
         if entry.train is None:
-            model.prepare(data)
+            model.prepare(data)  # what training measures before it begins: nothing here may have done so
             return TrainResult(True, None, 0, 0.0, 0.0, [], 0, [])
         return train(model, data, TrainConfig(**entry.train), entry.folder(self.runs), entry.seed, test,
                      self.clock.left(), cpu=self.cpu, progress=self.progress)
@@ -387,7 +387,7 @@ class _Training(_Fitting):
 
     def parent(self, entry: Entry) -> Model:
         "A trained model that others start from: that of the run, or the shipped one where the run's weights are gone."
-        if not self.is_trained(entry) and (model := _shipped_run(entry, self.runs)):
+        if not self.processes.once(lambda: self.is_trained(entry)) and (model := _shipped_run(entry, self.runs)):
             self.show(f"{entry.experiment}, {entry.dataset}, seed {entry.seed}: the shipped weights {entry.shipped}")
             return model
         return self.train(entry)[0]

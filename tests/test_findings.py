@@ -83,6 +83,15 @@ def test_both_are_taken_at_the_largest_size_that_both_have():
     assert "CPU size" in findings("toy", records)["refiner"].sentence
 
 
+@pytest.mark.parametrize("without, with_z, chosen", [
+    (3, 1, "diffusevae-form1"), (3, 3, "diffusevae-form1-z"), (1, 0, "diffusevae-form1"), (0, 1, "diffusevae-form1-z"),
+    (0, 0, None)])
+def test_the_refiner_with_more_trainings_stands_for_both(without, with_z, chosen):
+    made = [record("vae"), *(record("diffusevae-form1", s) for s in range(without)),
+            *(record("diffusevae-form1-z", s) for s in range(with_z))]
+    assert f.with_refiner(made, "vae") == (chosen and ["vae", chosen])
+
+
 def test_an_option_is_added_to_those_of_the_main_evaluation_or_taken_away():
     r = record("ddpm")
     main = r["evaluations"][0] | {"prior": "ex-pde"}

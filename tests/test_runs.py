@@ -19,11 +19,13 @@ from hybridvae.campaign import load_stages, run_campaign
 from hybridvae.core import (RECORD_KEYS, HybridVAEError, Model, build_model, config_hash, load_model, load_record,
                             load_records, randn, read_json, record_path, save_model, sealed, weights_hash,
                             write_record)
+from hybridvae.data import load_data
 from hybridvae.diffusevae import DiffuseVAE
 from hybridvae.entries import OPTIONS, Entry, find_entry, studied_with
 from hybridvae.experiments import PRESETS
 from hybridvae.features import FaceEncoder, load_features, shipped_features
 from hybridvae.metrics import describe, frechet_distance
+from hybridvae.pca_guidance import ProjectingPCA, mean_codes
 from hybridvae.records import (
     answers_of,
     evaluation_of,
@@ -420,6 +422,18 @@ def test_shipped_weights_take_the_place_of_no_other_run(gone, tmp_path, monkeypa
 def test_the_weights_of_the_run_itself_come_before_shipped_ones(gone, whole, tmp_path, monkeypatch):
     shutil.copytree(COARSE.folder(whole[0]), COARSE.folder(tmp_path))
     assert hybrid_of(gone, monkeypatch, tmp_path)[0]["depends_on"] == whole[1]["depends_on"]
+
+
+def test_a_model_that_is_put_together_measures_the_training_images_too(tmp_path):
+    parts = {"vae": TINY_VAE, "unet": TINY_UNET, "form": 1, "z_guidance": True}
+    guided = Entry("guided", "shapes", {"model": "DiffuseVAE", **parts}, TRAIN, depends_on={"vae": "vae"})
+    pca = Entry("pca", "shapes", {"model": "PCADiffuseVAE", **parts, "components": 2}, None,
+                depends_on={"vae": "guided", "unet": "guided"})
+    run(pca, tmp_path, entries=[COARSE, guided, pca])
+    model = load_model(pca.folder(tmp_path) / "model.safetensors")
+    expected = ProjectingPCA(TINY_VAE["z_dim"])
+    expected.measure(mean_codes(model.vae, load_data("shapes")))
+    assert torch.allclose(model.pca.variance, expected.variance) and not torch.equal(model.pca.variance, torch.ones(4))
 
 
 def test_weights_that_were_removed_are_made_again(tmp_path):

@@ -645,7 +645,7 @@ def test_a_slow_run_leaves_a_checkpoint_every_few_minutes(tmp_path, monkeypatch)
 def busy(until, done):
     "Work outside of Python's lock until a moment."
     while time.monotonic() < until:
-        zlib.compress(bytes(2_000_000), 9)
+        zlib.compress(bytes(20_000_000), 9)  # long beside the moments between two of them
     done.set()
 
 
