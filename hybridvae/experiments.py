@@ -276,18 +276,21 @@ DIFFUSEVAE += (
 )
 
 # %% ../nbs/80_experiments.ipynb #808ccf74
-_LOOK = {**USUAL, "n": 100}
-_TRIAL: dict = {"part": "train", "kimg": 30}
+_TRIED = {"celeba64-cpu": 1}
+_TRIAL: dict = {"part": "train", "kimg": 12}
+_TRIAL_LOOK = MAIN | {"steps": 10, "n": "n_study"}
 
 TRIALS: tuple[Row, ...] = (
-    Row("trial-vae", on=CPU_ONE, model={"part": "vae", "model": "VAE"}, train={"part": "train_vae", "kimg": 40},
-        evaluate=(ONE_SHOT | _LOOK,), batch=100),
+    Row("trial-vae", on=_TRIED, model={"part": "vae", "model": "VAE"}, train={"part": "train_vae", "kimg": 20},
+        evaluate=(ONE_SHOT | FEW | USUAL, ONE_SHOT | FEW), shared=_MEASURED),
     Row("trial-vae-sigma0.15", "trial-vae", model={"sigma": 0.15}),
     Row("trial-vae-sigma0.4", "trial-vae", model={"sigma": 0.4}),
     Row("trial-vae-z256", "trial-vae", model={"z_dim": 256}),
     Row("trial-vae-z512", "trial-vae", model={"z_dim": 512}),
-    Row("trial-x0", on=CPU_ONE, model={"model": "DiffuseVAE", **_PAIR, "z_guidance": True}, train=_TRIAL,
-        needs={"vae": "trial-vae"}, evaluate=(MAIN | _LOOK,), batch=100),
+    Row("trial-x0", on=_TRIED, model={"model": "DiffuseVAE", **_PAIR, "z_guidance": True}, train=_TRIAL,
+        needs={"vae": "trial-vae"}, evaluate=(_TRIAL_LOOK | USUAL, _TRIAL_LOOK), shared=_MEASURED),
+    Row("trial-x0-sigma0.15", "trial-x0", model={"vae": {"sigma": 0.15}}, needs={"vae": "trial-vae-sigma0.15"}),
+    Row("trial-x0-sigma0.4", "trial-x0", model={"vae": {"sigma": 0.4}}, needs={"vae": "trial-vae-sigma0.4"}),
     Row("trial-v", "trial-x0", model={"diffusion": {"prediction": "v"}}),
     Row("trial-x0-batch64", "trial-x0", train=_TRIAL | {"batch_size": 64, "lr": 1e-3}),
     Row("trial-x0-rate", "trial-x0", train=_TRIAL | {"lr": 1e-3}),
