@@ -261,6 +261,7 @@ DIFFUSEVAE += (  # what `hybridvae report` trains: minutes of two cores
 
 # %% ../nbs/80_experiments.ipynb #ff287e51
 _TRIED = {"celeba64-cpu": 1}
+_SMALL_PARTS = {"vae": {"width": 32}, "unet": {"width": 48, "patch": 2}}  # what the trials below led to
 _PAPER_SIZE = Row("", on=FULL, evaluate=(MAIN, ANCESTRAL))
 
 DIFFUSEVAE += (
@@ -274,8 +275,7 @@ DIFFUSEVAE += (
     Row("vae-small-cpu", "vae-cpu", on=_TRIED, model={"width": 32}, studies={"likelihood": CPU_ONE},
         evaluate=(ONE_SHOT | FEW | USUAL, ONE_SHOT | FEW)),
     Row("diffusevae-form1-z-small-cpu", "diffusevae-form1-z-cpu", on=_TRIED, needs={"vae": "vae-small-cpu"}, curve={},
-        model={"vae": {"width": 32}, "unet": {"width": 48, "patch": 2}},
-        train={"part": "train", "kimg": 100, "lr": 1e-3},
+        model=_SMALL_PARTS, train={"part": "train", "kimg": 100, "lr": 1e-3},
         evaluate=tuple(e | FEW | {"steps": 10} for e in (MAIN | USUAL, MAIN)), ancestral={},
         studies={"condition_agreement": CPU_ONE}),
     Row("vae-full", "vae", on=FULL, evaluate=(ONE_SHOT,)),
@@ -484,12 +484,16 @@ PCA: tuple[Row, ...] = (
 )
 
 # %% ../nbs/80_experiments.ipynb #4bf37891
-_PCA_CPU = Row("", on={"celeba64-cpu": 1}, train=_GO_ON | {"times_kimg": 0.25}, needs=_both("diffusevae-form1-z-cpu"))
+_TEN_STEPS = MAIN | FEW | EX_PDE | {"steps": 10}
+_PCA_CPU = Row("", on=_TRIED, train=_GO_ON | {"times_kimg": 0.1}, needs=_both("diffusevae-form1-z-small-cpu"),
+               evaluate=(_TEN_STEPS,))
 
 PCA += (
-    Row("pca-k128-cpu", "pca-k128", shared=_PCA_CPU),
-    Row("pca-k64-cpu", "pca-k64", shared=_PCA_CPU),
-    Row("pca-k32-cpu", "pca-k32", shared=_PCA_CPU),
+    Row("pca-k128-cpu", "pca-k128", model=_SMALL_PARTS, shared=_PCA_CPU),
+    Row("pca-k64-cpu", "pca-k64", model=_SMALL_PARTS, shared=_PCA_CPU),
+    Row("pca-k32-cpu", "pca-k32", model=_SMALL_PARTS, shared=_PCA_CPU),
+    Row("pca-sampling-cpu", "pca-k128-cpu", train={}, studies={},
+        evaluate=tuple(_TEN_STEPS | {"components": k} for k in (8, 32, 64))),
 )
 _FROM_SHIPPED = Row("", on={"cifar10": 1}, shared=_MEASURED, batch=100)
 _THOUSAND = EX_PDE | {"n": "n_study"}
@@ -533,7 +537,7 @@ DISTILL: tuple[Row, ...] = (
 
 # %% ../nbs/80_experiments.ipynb #44ace73e
 _OF_TWO = {"form": 2}
-_FACES = Row("", on={"celeba64-cpu": 1}, shared=_MEASURED)
+_FACES = Row("", on=_TRIED, shared=_MEASURED)
 _FEWER: tuple[dict, ...] = tuple(_in(k) | FEW | {"sampler": name} for name, k in (
     ("ddim", 16), ("ddim", 8), ("dpmpp", 8), ("ddim", 4), ("dpmpp", 4)))
 
@@ -545,22 +549,23 @@ DISTILL += (
     Row("distill-form2-4", "distill-form1-4", on=SCENES_ONE, model=_OF_TWO, needs=_both("distill-form2-8")),
     Row("distill-form2-2", "distill-form1-2", on=SCENES_ONE, model=_OF_TWO, needs=_both("distill-form2-4")),
     Row("distill-form2-1", "distill-form1-1", on=SCENES_ONE, model=_OF_TWO, needs=_both("distill-form2-2")),
-    Row("distill-form1-z-cpu", "distill-form1", model={"z_guidance": True}, needs=_both("diffusevae-form1-z-cpu"),
+    Row("distill-form1-z-cpu", "distill-form1-z", model=_SMALL_PARTS, needs=_both("diffusevae-form1-z-small-cpu"),
         evaluate=_mixed(*_FEWER), shared=_FACES),
-    Row("distill-form1-z-8-cpu", "distill-form1-8", model={"z_guidance": True}, needs=_both("diffusevae-form1-z-cpu"),
+    Row("distill-form1-z-8-cpu", "distill-form1-z-8", model=_SMALL_PARTS, needs=_both("diffusevae-form1-z-small-cpu"),
         evaluate=_mixed(_in(8) | FEW), shared=_FACES),
-    Row("distill-form1-z-4-cpu", "distill-form1-4", model={"z_guidance": True}, needs=_both("distill-form1-z-8-cpu"),
+    Row("distill-form1-z-4-cpu", "distill-form1-z-4", model=_SMALL_PARTS, needs=_both("distill-form1-z-8-cpu"),
         evaluate=_mixed(_in(4) | FEW), shared=_FACES),
 )
 _BRIEFLY: dict = {"part": "train", "kimg": 8, "batch_size": 16, "lr": 1e-4}  # 500 steps: what two cores can do
+_GIVEN_Z = {"z_guidance": True}
 
 DISTILL += (
-    Row("distill-form1-z", "distill-form1-z-cpu", needs=_both("diffusevae-form1-z"), shared=_FROM_SHIPPED,
+    Row("distill-form1-z", "distill-form1", model=_GIVEN_Z, needs=_both("diffusevae-form1-z"), shared=_FROM_SHIPPED,
         evaluate=tuple(e | _THOUSAND for e in _FEWER)),
-    Row("distill-form1-z-8", "distill-form1-z-8-cpu", needs=_both("diffusevae-form1-z"), shared=_FROM_SHIPPED,
-        train=_BRIEFLY, evaluate=(_in(8) | _THOUSAND,)),
-    Row("distill-form1-z-4", "distill-form1-z-4-cpu", needs=_both("distill-form1-z-8"), shared=_FROM_SHIPPED,
-        train=_BRIEFLY, evaluate=(_in(4) | _THOUSAND,)),
+    Row("distill-form1-z-8", "distill-form1-8", model=_GIVEN_Z, needs=_both("diffusevae-form1-z"),
+        shared=_FROM_SHIPPED, train=_BRIEFLY, evaluate=(_in(8) | _THOUSAND,)),
+    Row("distill-form1-z-4", "distill-form1-4", model=_GIVEN_Z, needs=_both("distill-form1-z-8"),
+        shared=_FROM_SHIPPED, train=_BRIEFLY, evaluate=(_in(4) | _THOUSAND,)),
 )
 
 # %% ../nbs/80_experiments.ipynb #d7ce09f1
@@ -610,6 +615,8 @@ SHIPPED = {  # preset and experiment, of seed 0: name of its weights in the pack
     ("scenes", "vae"): "scenes-diffusevae", ("scenes", "diffusevae-form1"): "scenes-diffusevae",
     ("scenes", "ddpm"): "scenes-ddpm", ("scenes", "adaptive-normal"): "scenes-adaptive",
     ("scenes", "latent-vae"): "scenes-latent", ("scenes", "latent"): "scenes-latent",
+    ("celeba64-cpu", "vae-small-cpu"): "celeba64-diffusevae",
+    ("celeba64-cpu", "diffusevae-form1-z-small-cpu"): "celeba64-diffusevae",
     ("cifar10", "vae"): "cifar10-diffusevae", ("cifar10", "diffusevae-form1-z"): "cifar10-diffusevae",
 }
 
