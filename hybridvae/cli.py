@@ -82,7 +82,7 @@ def _examples(*lines: str) -> str:
 Runs = Annotated[Path, typer.Option(help="folder of checkpoints, weights and records")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="stop after so long; the same command continues")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="do not use a GPU")]
-Weights = Annotated[str, typer.Option(help="a .safetensors file, or a shipped name such as shapes-diffusevae")]
+Weights = Annotated[str, typer.Option(help="a .safetensors file, or a shipped name such as scenes-diffusevae")]
 SamplerName = Literal["ancestral", "ddim", "dpmpp"]
 Sampler = Annotated[SamplerName | None, typer.Option(
     help="of diffusion models, usually dpmpp, of distilled ones ddim; a VAE has none and ignores it")]
@@ -181,11 +181,11 @@ Experiments = Annotated[list[str] | None, typer.Option(help="name of an experime
 Studied = Annotated[str, typer.Option(help="shapes, scenes, cifar10, celeba64 or celeba256")]
 
 
-@app.command(epilog=_examples("run --dataset shapes", "run --dataset shapes --experiment diffusevae-form1 --minutes 9",
+@app.command(epilog=_examples("run --dataset scenes", "run --dataset scenes --experiment diffusevae-form1 --minutes 9",
                               "run --dataset cifar10 --experiment diffusevae-form1-cpu --cpu"))
 def run(
     experiment: Experiments = None,
-    dataset: Studied = "shapes",
+    dataset: Studied = "scenes",
     seed: Annotated[int, typer.Option(help="0, 1 or 2")] = 0,
     runs: Runs = Path("runs"),
     minutes: Minutes = None,
@@ -230,8 +230,8 @@ OwnVae = Annotated[str, typer.Option(
 FirstSeed = Annotated[int, typer.Option(min=0, help="of the first weights, the order of the images and the noise")]
 Folder = Annotated[Path | None, typer.Option(help="folder for all that is made; usually DATASET-MODEL")]
 TRAIN_EXAMPLES = _examples(
-    "train --dataset shapes --model vae --out my-vae --cpu",
-    "train --dataset shapes --model diffusevae --form 2 --vae shapes-diffusevae --out my-hybrid --minutes 9",
+    "train --dataset scenes --model vae --out my-vae --cpu",
+    "train --dataset scenes --model diffusevae --form 2 --vae scenes-diffusevae --out my-hybrid --minutes 9",
     "train --dataset flowers --model diffusevae --small --kimg 20 --out flowers-small")
 
 # %% ../nbs/91_cli.ipynb #c9602fdb
@@ -282,15 +282,15 @@ def _what_comes_next(folder: Path) -> str:
 
 # %% ../nbs/91_cli.ipynb #9a43b55c
 Teacher = Annotated[str, typer.Option("--weights", help="of a DDPM, a DiffuseVAE or a distilled one: a file, or a "
-                                                        "shipped name such as shapes-diffusevae")]
+                                                        "shipped name such as scenes-diffusevae")]
 Fewest = Annotated[int, typer.Option(min=1, help="of the last student: half, a quarter, ... of --start")]
 Start = Annotated[int, typer.Option(min=2, help="steps of the first teacher; of distilled weights their own")]
 TaughtOn = Annotated[str, typer.Option("--dataset", help="the images that the weights were trained on")]
 RungKimg = Annotated[float | None, typer.Option("--kimg", help="how long each rung: thousands of images seen")]
 Rungs = Annotated[Path, typer.Option(help="folder for all rungs, each in one of its own")]
 DISTILL_EXAMPLES = _examples(
-    "distill --weights shapes-diffusevae --steps 8 --dataset shapes --out few --kimg 2 --cpu",
-    "distill --weights few/8/model.safetensors --steps 2 --dataset shapes --out fewer --cpu")
+    "distill --weights scenes-diffusevae --steps 8 --dataset scenes --out few --kimg 2 --cpu",
+    "distill --weights few/8/model.safetensors --steps 2 --dataset scenes --out fewer --cpu")
 
 # %% ../nbs/91_cli.ipynb #baba3355
 @app.command(epilog=DISTILL_EXAMPLES)
@@ -345,9 +345,9 @@ First = Annotated[int, typer.Option(min=0, help="number of the first image: seve
 Target = Annotated[Path, typer.Option(help="x.png or x.jpg: a grid; x.npz: an array; else a folder of PNG files")]
 SAMPLE_EXAMPLES = _examples(
     "sample --weights scenes-diffusevae --n 64 --out samples.png",
-    "sample --weights shapes-diffusevae --prior ex-pde --dataset shapes --n 2000 --out samples.npz",
-    "sample --weights my-hybrid/model.safetensors --components 4 --dataset shapes",
-    "sample --weights runs/shapes/ddpm/seed0/model.safetensors --sampler ddim --steps 50 --out folder")
+    "sample --weights scenes-diffusevae --prior ex-pde --dataset scenes --n 2000 --out samples.npz",
+    "sample --weights my-hybrid/model.safetensors --components 4 --dataset scenes",
+    "sample --weights runs/scenes/ddpm/seed0/model.safetensors --sampler ddim --steps 50 --out folder")
 
 # %% ../nbs/91_cli.ipynb #811d52fe
 @app.command(epilog=SAMPLE_EXAMPLES)
@@ -396,7 +396,7 @@ Given = Annotated[list[Path] | None, typer.Option(
 HeldOut = Annotated[str, typer.Option(help="take the first held-out images of this data set")]
 AtMost = Annotated[int, typer.Option(min=1, max=100, help="how many images at most")]
 RECONSTRUCT_EXAMPLES = _examples(
-    "reconstruct --weights shapes-diffusevae --dataset shapes --n 10 --out reconstructions.png",
+    "reconstruct --weights scenes-diffusevae --dataset scenes --n 10 --out reconstructions.png",
     "reconstruct --weights model.safetensors --images photo.jpg --images PHOTOS --out mine.jpg")
 
 # %% ../nbs/91_cli.ipynb #35921166
@@ -442,8 +442,8 @@ TwoImages = Annotated[tuple[Path, Path] | None, typer.Option(
 OnPath = Annotated[int, typer.Option(min=2, max=100, help="images on the path, both ends included")]
 FixedSeed = Annotated[int, typer.Option(min=0, help="of what is held fixed")]
 INTERPOLATE_EXAMPLES = _examples(
-    "interpolate --weights shapes-diffusevae --seeds 0 1 --out path.png",
-    "interpolate --weights shapes-diffusevae --vary noise --seeds 0 1 --seed 3 --out noise.png",
+    "interpolate --weights scenes-diffusevae --seeds 0 1 --out path.png",
+    "interpolate --weights scenes-diffusevae --vary noise --seeds 0 1 --seed 3 --out noise.png",
     "interpolate --weights model.safetensors --images a.jpg b.jpg --n 12 --out faces.jpg")
 
 # %% ../nbs/91_cli.ipynb #d5e7c4ab
@@ -526,8 +526,8 @@ VariantNames = Annotated[list[str] | None, typer.Option(
 OnTrajectory = Annotated[int, typer.Option(help="timesteps at which they are measured, evenly spaced, 1 to 1000")]
 
 # %% ../nbs/91_cli.ipynb #8c54e2ca
-@app.command(epilog=_examples("quantize --weights shapes-diffusevae --out small.safetensors",
-                              "quantize --weights shapes-diffusevae --dataset shapes --json distances.json"))
+@app.command(epilog=_examples("quantize --weights scenes-diffusevae --out small.safetensors",
+                              "quantize --weights scenes-diffusevae --dataset scenes --json distances.json"))
 def quantize(
     weights: Weights,
     n: Calibration = 16,
@@ -588,9 +588,9 @@ Inception = Annotated[Path | None, typer.Option(
     help="Inception's weights file, for FID and IS", envvar="HYBRIDVAE_INCEPTION")]
 Measured = Annotated[int | None, typer.Option(min=6, help="how many images; usually 2,000 samples, or all images")]
 EVALUATE_EXAMPLES = _examples(
-    "evaluate --weights shapes-diffusevae --dataset shapes --n 500 --cpu",
+    "evaluate --weights scenes-diffusevae --dataset scenes --n 500 --cpu",
     "evaluate --weights model.safetensors --dataset cifar10 --n 50000 --inception WEIGHTS --json metrics.json",
-    "evaluate --images samples.npz --dataset shapes")
+    "evaluate --images samples.npz --dataset scenes")
 
 # %% ../nbs/91_cli.ipynb #5ee111fc
 def _check_subject(ctx: typer.Context, weights: str, images: Path | None, json: Path | None) -> None:
@@ -657,7 +657,7 @@ Standard = Annotated[Path | None, typer.Option(
     help="only add FID, IS and KID, by Inception's weights file, to records whose weights are there")]
 CAMPAIGN_EXAMPLES = _examples(
     "campaign --list", "campaign --dataset cifar10 --minutes 55", "campaign --dry-run --dataset celeba64",
-    'campaign --dataset shapes --experiment "diffusevae-*" --cpu',
+    'campaign --dataset scenes --experiment "diffusevae-*" --cpu',
     "campaign --standard weights-inception-2015-12-05-6726825d.pth --dataset cifar10")
 
 # %% ../nbs/91_cli.ipynb #a21afd2b

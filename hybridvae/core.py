@@ -820,7 +820,7 @@ def load_trained(folder: Path, known: dict) -> Model:
 
 # %% ../nbs/00a_core.ipynb #51ca2641
 def load(
-    weights: str | Path,  # a .safetensors file, or the name of shipped weights such as "shapes-diffusevae"
+    weights: str | Path,  # a .safetensors file, or the name of shipped weights such as "scenes-diffusevae"
     device: str | torch.device = "cpu",  # where the model computes
 ) -> Model:
     """The trained model of a weights file, or of shipped weights by their name, in eval mode.

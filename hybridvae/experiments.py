@@ -260,6 +260,7 @@ DIFFUSEVAE += (  # what `hybridvae report` trains: minutes of two cores
 )
 
 # %% ../nbs/80_experiments.ipynb #ff287e51
+_TRIED = {"celeba64-cpu": 1}
 _PAPER_SIZE = Row("", on=FULL, evaluate=(MAIN, ANCESTRAL))
 
 DIFFUSEVAE += (
@@ -270,13 +271,19 @@ DIFFUSEVAE += (
     Row("diffusevae-form2-cpu", "diffusevae-form2", on=CPU, needs={"vae": "vae-cpu"}, late=True),
     Row("diffusevae-form2-z-cpu", "diffusevae-form2-z", on=CPU, needs={"vae": "vae-cpu"}, late=True),
     Row("diffusevae-form2-noconcat-cpu", "diffusevae-form2-noconcat", on=CPU, needs={"vae": "vae-cpu"}, late=True),
+    Row("vae-small-cpu", "vae-cpu", on=_TRIED, model={"width": 32}, studies={"likelihood": CPU_ONE},
+        evaluate=(ONE_SHOT | FEW | USUAL, ONE_SHOT | FEW)),
+    Row("diffusevae-form1-z-small-cpu", "diffusevae-form1-z-cpu", on=_TRIED, needs={"vae": "vae-small-cpu"}, curve={},
+        model={"vae": {"width": 32}, "unet": {"width": 48, "patch": 2}},
+        train={"part": "train", "kimg": 100, "lr": 1e-3},
+        evaluate=tuple(e | FEW | {"steps": 10} for e in (MAIN | USUAL, MAIN)), ancestral={},
+        studies={"condition_agreement": CPU_ONE}),
     Row("vae-full", "vae", on=FULL, evaluate=(ONE_SHOT,)),
     Row("diffusevae-form1-z-full", "diffusevae-form1-z", needs={"vae": "vae-full"}, shared=_PAPER_SIZE),
     Row("ddpm-full", "ddpm", shared=_PAPER_SIZE),
 )
 
 # %% ../nbs/80_experiments.ipynb #808ccf74
-_TRIED = {"celeba64-cpu": 1}
 _TRIAL: dict = {"part": "train", "kimg": 12}
 _TRIAL_LOOK = MAIN | {"steps": 10, "n": "n_study"}
 

@@ -395,19 +395,22 @@ def test_a_dry_run_changes_the_sizes_in_its_list_and_nothing_else():
     assert changed == set(TINY)  # the list names nothing in vain
 
 
+def without_widths(value):
+    if isinstance(value, dict):
+        return {k: without_widths(v) for k, v in value.items() if k != "width"}
+    return value
+
+
 @pytest.mark.parametrize("data", [*campaign.DATASETS, "shapes", *OTHER_SIZES, TRIALS])
 def test_what_differs_in_earnest_differs_in_the_dry_run_too(data):
     alike = {}
     for e in queue(data):
         if e.seed == 0:
             alike.setdefault(config_hash(shrink(e).config), []).append(e)
-    for (
-        first,
-        *others,
-    ) in alike.values():  # a dry run is as short for everybody: a difference in length or batch alone is lost
+    for first, *others in alike.values():  # a dry run is as short and narrow for everybody: such a difference is lost
         for e in others:
             as_long = dataclasses.replace(e, train={**e.train, **{k: first.train[k] for k in ("kimg", "batch_size")}})
-            assert as_long.config == first.config, (first.experiment, e.experiment)
+            assert without_widths(as_long.config) == without_widths(first.config), (first.experiment, e.experiment)
 
 
 def test_stand_in_images_are_of_every_size_and_split_and_gone_afterwards(monkeypatch):

@@ -848,8 +848,8 @@ MISTAKES = [
     ("train --dataset shapes --model vae --kimg 0", "kimg"),
     ("train --dataset shapes --model vae --batch-size 12", "12"),
     ("train --dataset shapes --model vae --out file", "file"),
-    ("sample --weights shapes-diffusevae --refine-steps 2", "--refine-steps.*LatentDiffuseVAE.*VAE: leave it out"),
-    ("sample --weights nothing", r"'nothing'.*scenes-diffusevae, scenes-latent, shapes-diffusevae\."),
+    ("sample --weights scenes-diffusevae --refine-steps 2", "--refine-steps.*LatentDiffuseVAE.*VAE: leave it out"),
+    ("sample --weights nothing", r"'nothing'.*scenes-diffusevae, scenes-latent\."),
     ("sample --weights empty", "empty is a folder"),
     ("sample --weights broken.safetensors", "broken"),
     ("sample --weights features.safetensors", "no images"),
@@ -1056,7 +1056,7 @@ def test_a_code_that_says_nothing_is_named_where_it_is_trained_given_and_followe
     words = "train --dataset shapes --kimg 0.032 --batch-size 16 --cpu --out"
     dead = tmp_path / "v" / "model.safetensors"
     assert silent in command(words, tmp_path / "h", "--vae", dead)
-    assert silent not in command(words, tmp_path / "sound", "--vae shapes-diffusevae")
+    assert silent not in command(words, tmp_path / "sound", "--vae scenes-diffusevae")
     one = without(weights["vae"], tmp_path / "one.safetensors", ("decoder.net.0.weight", ALL))
     for path in (one, weights["vae"]):
         said = command("interpolate --n 3 --cpu --weights", path, "--out", tmp_path / "i.png")

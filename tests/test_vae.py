@@ -390,7 +390,7 @@ def test_a_vae_whose_code_has_a_place_comes_back_from_its_file(prior, tmp_path):
 
 
 def test_weights_from_before_there_were_places_still_load():
-    path = project_root() / "weights" / "shapes-diffusevae.safetensors"
+    path = project_root() / "weights" / "scenes-diffusevae.safetensors"
     with safe_open(path, "pt") as file:
         assert "z_channels" not in json.dumps(file.metadata())
     vae = load_model(path).vae

@@ -79,6 +79,6 @@ def test_shipped_weights_open_by_name_and_records_are_found(installed):
 
 
 def test_the_command_draws_from_shipped_weights(installed, tmp_path):
-    run(installed, "-m", "hybridvae", "sample", "--weights", "shapes-diffusevae", "--n", "2", "--steps", "2",
+    run(installed, "-m", "hybridvae", "sample", "--weights", "scenes-diffusevae", "--n", "2", "--steps", "2",
         "--cpu", "--out", str(tmp_path / "two.png"))
     assert (tmp_path / "two.png").stat().st_size > 100
