@@ -229,8 +229,8 @@ def plot_quality(frame: "pandas.DataFrame", cost: str, quality: str, ax: "Axes",
     front = pareto_front(means, cost, quality)
     ax.plot(front[cost], front[quality], color="0.4", linewidth=1, drawstyle="steps-post")
     for place, (_, row) in enumerate(front.drop_duplicates("model").iterrows()):
-        ax.annotate(row["model"], (row[cost], row[quality]), fontsize=9, xytext=(-4, 9 if place % 2 else -9),
-                    textcoords="offset points", ha="right", va="center")
+        ax.annotate(row["model"], (row[cost], row[quality]), (-4 if place else 4, 9 if place % 2 else -9), fontsize=9,
+                    textcoords="offset points", ha="right" if place else "left", va="center")
     if floor:
         ax.axhline(floor, color="0.4", linestyle=":")
     ax.set(xscale="log", yscale="log", xlabel=cost, ylabel=quality)

@@ -193,8 +193,8 @@ def _int8_layer_like(q: torch.Tensor, number: int, half: bool) -> torch.Tensor:
     return _LAYERS[number].like(q, torch.bfloat16 if half else torch.float32)
 
 
-_LIBRARY.impl(_OPERATOR, _int8_layer, "CPU")
 torch.library.register_fake(f"hybridvae::{_OPERATOR}", _int8_layer_like, lib=_LIBRARY)
+_LIBRARY.impl(_OPERATOR, _int8_layer, "CPU")
 
 
 # %% ../nbs/05a_quantization.ipynb #4b8feb1c
