@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 # %% ../nbs/06_evaluation.ipynb #723db0c0
 LABELS = {
     "vae": "VAE", "ddpm": "DDPM", "ddpm-long": "DDPM, longer", "diffusevae-form1": "form 1",
-    "diffusevae-form1-z": "form 1 + z", "diffusevae-form2": "form 2", "diffusevae-form2-z": "form 2 + z",
+    "diffusevae-form1-z": "form 1 + z", "diffusevae-form2": "form 2", "vae-small": "VAE, small",
+    "diffusevae-form1-z-small": "form 1 + z, small", "diffusevae-form2-z": "form 2 + z",
     "diffusevae-form2-noconcat": "form 2, no concatenation", "diffusevae-form1-paper": "form 1, linear ε",
     "joint-none": "two-stage, trained on", "joint-b8-two-stage": "two-stage, β = 8", "flow-form1": "form 1, flow prior",
     "flow-vae": "VAE, flow prior", "adaptive-normal": "adaptive", "adaptive-flow": "adaptive, flow prior",

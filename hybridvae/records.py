@@ -199,11 +199,12 @@ def results_table(records: list[dict], kinds: tuple = TABLE_KINDS) -> "pandas.Da
 
     Several seeds: mean ± standard deviation. One seed: the value, distances with the bootstrap's deviation over images.
     The last rows are the floors of real images, one for each n. The time is that of `time_of`, empty where it was not
-    measured. Raises `HybridVAEError` where two records of an experiment were measured by different networks.
+    measured; where it was for no row, there is no such column. Raises `HybridVAEError` where two records of an experiment were measured by different networks.
     """
     import pandas as pd
 
     records = [r for r in records if r["evaluations"]]
     rows = {name: _row([r for r in records if r["experiment"] == name], kinds)
             for name in dict.fromkeys(r["experiment"] for r in records)}
-    return pd.DataFrame(rows | (_floor_rows(rows, records[-1]["dataset"]) if rows else {})).T.fillna("")
+    table = pd.DataFrame(rows | (_floor_rows(rows, records[-1]["dataset"]) if rows else {})).T.fillna("")
+    return table.drop(columns=[c for c in table if c == "ms per image" and not any(table[c])])

@@ -148,6 +148,21 @@ def test_the_order_counts_the_pairs_that_are_told_apart():
     assert said.startswith("3 of 3 pairs") and re.search(r"form 1 \(.*< form 1 \+ z \(.*< form 2 \(.*< VAE", said)
 
 
+@pytest.mark.parametrize("prior", [{}, {"prior": "ex-pde"}])
+def test_times_are_found_whether_or_not_they_name_the_prior_of_the_main_evaluation(monkeypatch, prior):
+    records = [record(name) for name in ("vae", "ddpm", "diffusevae-form1-z")]
+    for one in (records[0], records[2]):
+        one["evaluations"][0]["prior"] = "ex-pde"
+    options = {"sampler": "dpmpp", "steps": 20}
+    rows = [{"experiment": r["experiment"], "evaluation": options | (prior if r["experiment"] != "ddpm" else {}),
+             "seconds_per_image": seconds} for r, seconds in zip(records, (0.001, 0.02, 0.04))]
+    rows.append({"experiment": "latent", "evaluation": options, "seconds_per_image": 0.005})
+    monkeypatch.setattr("hybridvae.records.sampling_times", lambda dataset: rows)
+    found = findings("toy", records)
+    assert found["time"].sentence.startswith("40.0 times the VAE's time, and 2.00 times the DDPM's")
+    assert found["latent time"].sentence.startswith("-75 % for latent")
+
+
 def test_tables_name_the_command_that_measures_fid_and_what_is_not_recorded():
     table = f.replication_table()
     assert table.shape == (5, 9) and table["cifar10", "FID, report"]["VAE"] == "147.13"

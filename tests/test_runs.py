@@ -840,6 +840,7 @@ def test_a_table_has_one_row_for_each_experiment_and_refuses_two_kinds_of_eyes(m
         and table.loc["b", "FD (shapes)"] == "4.00"
     )
     assert "FD (shapes) to training set" not in table and list(table["ms per image"]) == ["", "250.00"]
+    assert "ms per image" not in results_table(several[:3])
     with complains("records of a", "different feature networks"):
         results_table([a_record(), a_record(seed=1, digest="y")])
 
