@@ -199,7 +199,8 @@ def results_table(records: list[dict], kinds: tuple = TABLE_KINDS) -> "pandas.Da
 
     Several seeds: mean ± standard deviation. One seed: the value, distances with the bootstrap's deviation over images.
     The last rows are the floors of real images, one for each n. The time is that of `time_of`, empty where it was not
-    measured; where it was for no row, there is no such column. Raises `HybridVAEError` where two records of an experiment were measured by different networks.
+    measured; there is no such column where no row has one. Raises `HybridVAEError` where two records of an experiment
+    were measured by different networks.
     """
     import pandas as pd
 
