@@ -277,7 +277,7 @@ DIFFUSEVAE += (
     Row("diffusevae-form1-z-small-cpu", "diffusevae-form1-z-cpu", on=_TRIED, needs={"vae": "vae-small-cpu"}, curve={},
         model=_SMALL_PARTS, train={"part": "train", "kimg": 100, "lr": 1e-3},
         evaluate=tuple(e | FEW | {"steps": 10} for e in (MAIN | USUAL, MAIN)), ancestral={},
-        studies={"condition_agreement": CPU_ONE}),
+        studies={"condition_agreement": CPU_ONE}, steps_study=10),
     Row("vae-full", "vae", on=FULL, evaluate=(ONE_SHOT,)),
     Row("diffusevae-form1-z-full", "diffusevae-form1-z", needs={"vae": "vae-full"}, shared=_PAPER_SIZE),
     Row("ddpm-full", "ddpm", shared=_PAPER_SIZE),

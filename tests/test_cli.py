@@ -245,7 +245,7 @@ def test_run_without_a_name_lists_the_experiments_of_both_sizes():
 
 
 def test_run_stops_at_its_limit_continues_and_leaves_a_record(tiny, tmp_path):
-    words = "run --experiment ddpm --cpu --runs", tmp_path
+    words = "run --dataset shapes --experiment ddpm --cpu --runs", tmp_path
     assert "the same command continues" in command(*words, "--minutes 0")
     assert not list(tmp_path.glob("*/*/seed0.json"))
     said = command(*words)

@@ -278,7 +278,8 @@ def test_every_row_has_a_number_of_components_that_its_code_has(dataset):
     for e in entries:
         most = e.model["vae"]["z_dim"]
         assert all(1 <= o.get("components", 1) <= most for o in (e.model, *e.evaluations)), e.experiment
-        assert e.model["components"] == int(e.experiment.split("-")[1][1:])
+        if not e.experiment.startswith("pca-sampling"):
+            assert e.model["components"] == int(e.experiment.split("-")[1][1:])
     whole = max(e.model["components"] for e in entries)
     assert whole == PRESETS[dataset]["vae"]["z_dim"]  # the control of equal images
 

@@ -156,10 +156,12 @@ def test_the_config_decides_then_the_environment_then_the_hardware(monkeypatch):
         choose_precision(CPU)
 
 
-def test_a_cpu_is_fast_at_bf16_only_with_matrix_tiles(monkeypatch):
-    for tiles in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles, raising=False)
-        assert supports_bf16(CPU) is tiles
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("products", [True, False])
+def test_a_cpu_is_fast_at_bf16_only_with_instructions_for_it(monkeypatch, tiles, products):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: products, raising=False)
+    assert supports_bf16(CPU) is (tiles or products)
 
 
 def in_a_new_process(folder, **environment):
