@@ -125,7 +125,8 @@ def measurements(dataset: str) -> "pandas.DataFrame":
     """
     import pandas as pd
 
-    rows = [_about(r, e) | _numbers(r, e) for r in all_records(dataset) for e in r["evaluations"] if e["metrics"]]
+    rows = [_about(r, e) | _numbers(r, e) for r in all_records(dataset) for e in r["evaluations"]
+            if e["metrics"] and not r["experiment"].startswith("trial-")]
     return pd.DataFrame(rows)
 
 # %% ../nbs/06_evaluation.ipynb #67ce4070
