@@ -799,7 +799,7 @@ def test_every_entry_names_studies_feature_networks_and_dependencies_that_exist(
 
 def test_the_protocol_of_the_design_is_asked_for():
     "20 steps of DPM-Solver++ with all images in every record; samplers and steps with fewer at seed 0; ancestral once."
-    full = {"shapes": 2_000, "cifar10": 10_000, "celeba64": 5_000, "celeba256": 2_000}
+    full = {"shapes": 2_000, "cifar10": 10_000, "celeba64": 5_000, "celeba256": 1_000}
     for dataset, n in full.items():
         entries = [e for e in entries_of(dataset, "diffusevae") if e.evaluations
                    and not e.experiment.endswith(campaign.SIZES) and not e.experiment.startswith("trial-")]
