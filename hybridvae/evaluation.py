@@ -48,14 +48,21 @@ LABELS = {
     "joint-frozen-time": "two-stage, same time", "adaptive-control": "adaptive, control",
     "adaptive-no-level": "adaptive, level not told", "adaptive-film": "adaptive, FiLM",
     "adaptive-realnvp": "adaptive, RealNVP", "adaptive-glow": "adaptive, Glow",
-    "distill-form1": "form 1, teacher", "distill-form1-4": "form 1, student of 4 steps",
-    "distill-ddpm": "DDPM, teacher", "distill-ddpm-4": "DDPM, student of 4 steps",
-    "pca-k12": "form 1 + z, 12 components", "pca-k4": "form 1 + z, 4 components",
-    "distill-form1-z": "form 1 + z, teacher", "distill-form1-z-8": "form 1 + z, student of 8 steps",
-    "distill-form1-z-4": "form 1 + z, student of 4 steps",
-    "pca-k128": "form 1 + z, 128 components", "pca-k32": "form 1 + z, 32 components",
-    "pca-sampling": "form 1 + z, PCA when sampling",
 }  # of experiments; others are called by their own name
+
+# %% ../nbs/06_evaluation.ipynb #14636a0c
+LABELS |= {
+    "distill-form1": "form 1, teacher", "distill-form2": "form 2, teacher", "distill-ddpm": "DDPM, teacher",
+    "distill-form1-z": "form 1 + z, teacher", "distill-form1-1": "form 1, student of one step",
+    "distill-ddpm-1": "DDPM, student of one step", "distill-form1-half": "form 1, half the width, distilled",
+    "diffusevae-form1-half": "form 1, half the width", "pca-sampling": "form 1 + z, PCA when sampling",
+    "distill-form1-4-adversarial": "form 1, student of 4 steps, adversarial",
+    "distill-form1-1-adversarial": "form 1, student of one step, adversarial",
+    "pca-k4-high-snr": "form 1 + z, 4 components at high SNR", "vamp-vae": "VAE, VampPrior",
+    **{f"distill-{key}-{k}": f"{name}, student of {k} steps" for k in (32, 16, 8, 4, 2)
+       for key, name in (("form1", "form 1"), ("form2", "form 2"), ("ddpm", "DDPM"), ("form1-z", "form 1 + z"))},
+    **{f"pca-k{k}": f"form 1 + z, {k} component{'s' * (k > 1)}" for k in (1, 2, 4, 8, 12, 32, 64, 128)},
+}
 
 # %% ../nbs/06_evaluation.ipynb #06fa0001
 FAMILIES = {"vae": "VAE", "ddpm": "DDPM", "diffusevae": "DiffuseVAE", "joint": "joint training", "flow": "flow prior",
@@ -219,8 +226,21 @@ def pareto_front(frame: "pandas.DataFrame", cost: str, quality: str) -> "pandas.
     return ordered[ordered[quality] < ordered[quality].cummin().shift(fill_value=math.inf)]
 
 
+def _name_front(front: "pandas.DataFrame", cost: str, quality: str, ax: "Axes") -> None:
+    "A line through the front, its models numbered, their names below."
+    from matplotlib.offsetbox import AnchoredText
+
+    ax.plot(front[cost], front[quality], color="0.4", linewidth=1, drawstyle="steps-post")
+    named = front.drop_duplicates("model")
+    for number, place in enumerate(zip(named[cost], named[quality]), 1):
+        ax.annotate(str(number), place, (4, 8 * (number % 3) - 6), fontsize=9, textcoords="offset points")
+    names = "\n".join(f"{number} {name}" for number, name in enumerate(named["model"], 1))
+    ax.add_artist(AnchoredText(names, "upper left", prop={"size": 9}, frameon=False, bbox_to_anchor=(0, -0.2),
+                               bbox_transform=ax.transAxes))
+
+# %% ../nbs/06_evaluation.ipynb #254b889e
 def plot_quality(frame: "pandas.DataFrame", cost: str, quality: str, ax: "Axes", floor: float | None = None) -> None:
-    "Means over seeds of one metric over one cost, logarithmic, coloured by family; front, floor and names."
+    "Means over seeds of one metric over one cost, logarithmic, coloured by family; the front with names, the floor."
     options = [name for name in OPTIONS if name != "n"]
     keys = ["model", "family", *options]
     text = frame.assign(**{name: frame[name].map(str) for name in options})
@@ -228,11 +248,7 @@ def plot_quality(frame: "pandas.DataFrame", cost: str, quality: str, ax: "Axes",
     means = means[means[cost] > 0]
     for name, own in means.groupby("family"):
         ax.scatter(own[cost], own[quality], s=26, color=palette()[name], label=name, zorder=3)
-    front = pareto_front(means, cost, quality)
-    ax.plot(front[cost], front[quality], color="0.4", linewidth=1, drawstyle="steps-post")
-    for place, (_, row) in enumerate(front.drop_duplicates("model").iterrows()):
-        ax.annotate(row["model"], (row[cost], row[quality]), (-4 if place else 4, 9 if place % 2 else -9), fontsize=9,
-                    textcoords="offset points", ha="right" if place else "left", va="center")
+    _name_front(pareto_front(means, cost, quality), cost, quality, ax)
     if floor:
         ax.axhline(floor, color="0.4", linestyle=":")
     ax.set(xscale="log", yscale="log", xlabel=cost, ylabel=quality)
@@ -305,12 +321,19 @@ def joint_answer(dataset: str) -> Answer:
 
 # %% ../nbs/06_evaluation.ipynb #97d8bc7d
 ADAPTIVE_QUESTION = "How does adaptive conditioning affect sampling time, and what part of it is the flow prior's?"
-_TEN = {"sampler": "dpmpp", "steps": 10}
+
+
+def _ten(records: list[dict]) -> dict:
+    "Ten steps of DPM-Solver++, with the prior of the main evaluation of adaptive conditioning."
+    priors = (r["evaluations"][0].get("prior") for r in records if r["experiment"] == "adaptive-normal")
+    prior = next(priors, None)
+    return {"sampler": "dpmpp", "steps": 10, **({"prior": prior} if prior else {})}
 
 
 def adaptive_times(dataset: str) -> dict[str, tuple[float, float]]:
     "Seconds per image by strategy, and in relation to full conditioning with as many steps."
-    seconds = {name: time_of(dataset, "adaptive-normal", **_TEN, **options) for name, options in STRATEGIES.items()}
+    asked = _ten(all_records(dataset))
+    seconds = {name: time_of(dataset, "adaptive-normal", **asked, **options) for name, options in STRATEGIES.items()}
     plain = seconds.get("full conditioning")
     return {name: (s, s / plain) for name, s in seconds.items() if s is not None and plain}
 
@@ -327,15 +350,18 @@ def adaptive_answer(dataset: str) -> Answer:
     import pandas as pd
 
     times, added, records = adaptive_times(dataset), flow_share(dataset), all_records(dataset)
-    if "adaptive strength" not in times or "adaptive both" not in times:
+    asked = _ten(records)
+    if "adaptive strength" not in times:
         return _unanswered(ADAPTIVE_QUESTION, dataset, "the times of adaptive conditioning")
     table = pd.DataFrame({name: {
         "ms per image": f"{1000 * s:.1f}", "of full conditioning": f"{share:.0%}",
         "FD less full conditioning": str(difference(
-            records, ("adaptive-normal", {"steps": 10} | options), ("adaptive-normal", {"steps": 10}), "FD") or "")}
+            records, ("adaptive-normal", asked | options), ("adaptive-normal", asked), "FD") or "")}
         for name, (s, share) in times.items() if (options := STRATEGIES[name])}).T
-    gains = [f"{times[name][1] - 1:+.0%} time for {name}" for name in ("adaptive strength", "adaptive both")]
-    flow = "" if added is None else f" The flow prior adds {1000 * added:.2f} ms to an image of form 1 with 20 steps."
+    gains = [f"{times[name][1] - 1:+.0%} time for {name}" for name in ("adaptive strength", "adaptive both")
+             if name in times]
+    flow = (" What the flow prior adds was not timed here." if added is None else
+            f" The flow prior adds {1000 * added:.2f} ms to an image of form 1 with 20 steps.")
     return Answer(ADAPTIVE_QUESTION, f"{', '.join(gains)}, against full conditioning with as many steps.{flow}",
                   "Times of one machine, in batches; groups of images with different numbers of steps are refined "
                   "one after the other, which a larger batch would hide.", table)
@@ -356,7 +382,8 @@ def growth_under_noise(records: list[dict]) -> dict[str, dict[float, list[float]
             add(label(experiment), answer, answer["noise on x̂"])
         for answer in answers_of(records, experiment, "noise").values():
             for told, distances in answer["on x̂"].items():
-                add(f"{label(experiment)}, {told}", answer, distances)
+                how = "strength by uncertainty" if told == "adaptive" else told
+                add(f"{label(experiment)}, {how}", answer, distances)
     return found
 
 # %% ../nbs/06_evaluation.ipynb #81bc1fa1
