@@ -727,7 +727,7 @@ def show_gaps(dataset: str, kind: str = "FD") -> "Figure | None":
     found = [(f, f.gaps[kind]) for f in findings(dataset).values() if kind in f.gaps]
     if not found:
         return None
-    figure, ax = plt.subplots(figsize=(9, 0.42 * len(found) + 1), layout="constrained")
+    figure, ax = plt.subplots(figsize=(11, 0.36 * len(found) + 1), layout="constrained")
     firsts = {c.key: c.a[0] for c in COMPARISONS}
     for y, (f, gap) in enumerate(found):
         colour, told = palette()[family(firsts[f.key])], gap.verdict in ("lower", "higher")
@@ -735,7 +735,7 @@ def show_gaps(dataset: str, kind: str = "FD") -> "Figure | None":
         ax.plot([share[0], share[2]], [y, y], color=colour, linewidth=2, linestyle="-" if gap.seeds > 2 else ":")
         ax.plot(share[1], y, "o", color=colour, markerfacecolor=colour if told else "white", markersize=7)
     ax.axvline(0, color="0.3", linewidth=1)
-    ax.set_yticks(range(len(found)), [f.key for f, _ in found], fontsize=10)
+    ax.set_yticks(range(len(found)), [f.question for f, _ in found], fontsize=9)
     ax.set_xlabel(f"{found[0][1].metric}, change in per cent (lower is better)", fontsize=10)
     ax.invert_yaxis()
     return figure
