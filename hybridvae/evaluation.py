@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'FAMILIES', 'TEACHERS', 'UNIFORM_BITS', 'QUALITY', 'COSTS', 'Setting', 'JOINT_PAIRS', 'JOINT_QUESTION',
-           'ADAPTIVE_QUESTION', 'NOISE_QUESTION', 'LEAST_PAIRS', 'SPACE_QUESTION', 'QUESTIONS', 'label', 'family',
-           'palette', 'measurements', 'comparison', 'export_table', 'Difference', 'difference', 'pareto_front',
-           'plot_quality', 'Answer', 'joint_differences', 'differences_table', 'joint_answer', 'adaptive_times',
-           'flow_share', 'adaptive_answer', 'growth_under_noise', 'noise_answer', 'space_differences', 'space_answer']
+           'ADAPTIVE_QUESTION', 'NOISE_QUESTION', 'LEAST_IMAGES', 'LEAST_PAIRS', 'SPACE_QUESTION', 'QUESTIONS', 'label',
+           'family', 'palette', 'measurements', 'comparison', 'export_table', 'Difference', 'difference',
+           'pareto_front', 'plot_quality', 'Answer', 'joint_differences', 'differences_table', 'joint_answer',
+           'adaptive_times', 'flow_share', 'adaptive_answer', 'growth_under_noise', 'noise_answer', 'space_differences',
+           'space_answer']
 
 # %% ../nbs/06_evaluation.ipynb #38c4cad5
 #| code-fold: true
@@ -273,7 +274,7 @@ def _unanswered(question: str, dataset: str, needed: str) -> Answer:
                   f"`hybridvae campaign --dataset {dataset}` makes them.")
 
 # %% ../nbs/06_evaluation.ipynb #19051f0e
-JOINT_PAIRS = (("joint-b16-10", "joint-b8-two-stage"), ("joint-10", "joint-none"), ("joint-10-cpu", "joint-none-cpu"))
+JOINT_PAIRS = (("joint-10", "joint-none"), ("joint-10-cpu", "joint-none-cpu"))
 JOINT_QUESTION = "Does joint training improve the distance, and by how much?"
 
 
@@ -302,7 +303,7 @@ def differences_table(gaps: dict[str, Difference]) -> "pandas.DataFrame":
 def _verdict(gap: Difference) -> str:
     if not gap.apart:
         return "which is not told apart from no change"
-    return "lower is better, so it helps" if gap.value < 0 else "lower is better, so it does harm"
+    return "lower" if gap.value < 0 else "higher"
 
 # %% ../nbs/06_evaluation.ipynb #06fa0002
 def joint_answer(dataset: str) -> Answer:
@@ -310,13 +311,12 @@ def joint_answer(dataset: str) -> Answer:
     gaps = joint_differences(all_records(dataset))
     of_distance = {name: gap for name, gap in gaps.items() if name.endswith("FD")}
     if not of_distance:
-        return _unanswered(JOINT_QUESTION, dataset, "joint training and its control")
+        return _unanswered(JOINT_QUESTION, dataset, "joint training and its control with an interval")
     name, gap = next(iter(of_distance.items()))
-    chosen = name.startswith(label(JOINT_PAIRS[0][0]))  # its β, and its control's
-    return Answer(JOINT_QUESTION, f"{gap}, {_verdict(gap)}: {name}.",
-                  "The interval is that of one comparison, not corrected for the others in the table; "
-                  + ("settings were chosen on seed 0, which is among its seeds; " if chosen else "")
-                  + "a distance alone does not see fine detail.",
+    texture = gaps.get(name.replace(", FD", ", texture distance"))
+    beside = f" By the texture distance: {texture}, {_verdict(texture)}." if texture else ""
+    return Answer(JOINT_QUESTION, f"{gap}, {_verdict(gap)}: {name}.{beside}",
+                  "Each interval is that of one comparison, not corrected for the others in the table.",
                   differences_table(gaps))
 
 # %% ../nbs/06_evaluation.ipynb #97d8bc7d
@@ -355,8 +355,9 @@ def adaptive_answer(dataset: str) -> Answer:
         return _unanswered(ADAPTIVE_QUESTION, dataset, "the times of adaptive conditioning")
     table = pd.DataFrame({name: {
         "ms per image": f"{1000 * s:.1f}", "of full conditioning": f"{share:.0%}",
-        "FD less full conditioning": str(difference(
-            records, ("adaptive-normal", asked | options), ("adaptive-normal", asked), "FD") or "")}
+        **{f"{kind} less full conditioning": str(difference(
+            records, ("adaptive-normal", asked | options), ("adaptive-normal", asked), kind) or "")
+            for kind in ("FD", "texture distance")}}
         for name, (s, share) in times.items() if (options := STRATEGIES[name])}).T
     gains = [f"{times[name][1] - 1:+.0%} time for {name}" for name in ("adaptive strength", "adaptive both")
              if name in times]
@@ -368,19 +369,21 @@ def adaptive_answer(dataset: str) -> Answer:
 
 # %% ../nbs/06_evaluation.ipynb #ac1219b2
 NOISE_QUESTION = "How does each model handle uncertain or noisy VAE outputs?"
+LEAST_IMAGES = 1_000  # of a distance: of fewer its floor is too high
 
 
 def growth_under_noise(records: list[dict]) -> dict[str, dict[float, list[float]]]:
-    "How many times FD grows with noise of each level on x̂: model: {level: by seed}."
+    "How many times FD grows with noise of each level on x̂: model: {level: by seed}; of `LEAST_IMAGES` or more."
     found: dict[str, dict[float, list[float]]] = {}
 
     def add(name: str, answer: dict, distances: list[float]) -> None:
         for level, value in zip(answer["levels"], distances):
             found.setdefault(name, {}).setdefault(level, []).append(value / distances[0])
     for experiment in dict.fromkeys(r["experiment"] for r in records):
-        for answer in answers_of(records, experiment, "robustness").values():
+        plain, adaptive = (answers_of(records, experiment, study).values() for study in ("robustness", "noise"))
+        for answer in (a for a in plain if a["n"] >= LEAST_IMAGES):
             add(label(experiment), answer, answer["noise on x̂"])
-        for answer in answers_of(records, experiment, "noise").values():
+        for answer in (a for a in adaptive if a["n"] >= LEAST_IMAGES):
             for told, distances in answer["on x̂"].items():
                 how = "strength by uncertainty" if told == "adaptive" else told
                 add(f"{label(experiment)}, {how}", answer, distances)
@@ -393,16 +396,18 @@ def noise_answer(dataset: str) -> Answer:
 
     growth = growth_under_noise(all_records(dataset))
     if not growth:
-        return _unanswered(NOISE_QUESTION, dataset, "noise on x̂")
+        return _unanswered(NOISE_QUESTION, dataset, f"noise on x̂ with {LEAST_IMAGES:,} images or more")
     levels = sorted({level for own in growth.values() for level in own} - {0.0})
     table = pd.DataFrame({name: {f"noise {level:g}": mean_and_spread(own[level], 1) if level in own else ""
                                  for level in levels} for name, own in growth.items()}).T
     at = {name: statistics.fmean(own[0.2]) for name, own in growth.items() if 0.2 in own}
     least, most = min(at, key=at.__getitem__), max(at, key=at.__getitem__)
     beside = f", {at[least]:.1f} times for {least}" if len(at) > 1 else ""
-    return Answer(NOISE_QUESTION, f"{at[most]:.1f} times the distance with noise of 0.2 for {most}{beside}.",
-                  "Relative to each model's own distance without noise; a model that ignores x̂ is not hurt by noise "
-                  "on it, so read this beside how well a refinement follows its x̂.", table)
+    seeds = max(len(values) for own in growth.values() for values in own.values())
+    return Answer(NOISE_QUESTION, f"{at[most]:.1f} times the FD with noise of 0.2 for {most}{beside}.",
+                  f"By FD alone, {seeds if seeds > 1 else 'one'} training{'s at most' if seeds > 1 else ''} each. "
+                  "Relative to each model's own FD without noise; a model that ignores x̂ is not hurt by noise on it, "
+                  "so read this beside how well a refinement follows its x̂.", table)
 
 # %% ../nbs/06_evaluation.ipynb #704b691d
 LEAST_PAIRS = 5_000  # of a path length: of fewer it varies too much between seeds
@@ -430,7 +435,7 @@ def space_answer(dataset: str) -> Answer:
     "What joint training changes in smoothness and readability of the code."
     gaps = space_differences(all_records(dataset))
     if not gaps:
-        return _unanswered(SPACE_QUESTION, dataset, "path length or readout of three seeds")
+        return _unanswered(SPACE_QUESTION, dataset, "path length or readout of three seeds of joint training")
     words = [f"{name.partition(',')[0]} {gap}" + ("" if gap.apart else ", not told apart")
              for name, gap in gaps.items()]
     return Answer(SPACE_QUESTION, f"{'; '.join(words[:2])}.",

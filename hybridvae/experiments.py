@@ -251,6 +251,8 @@ DIFFUSEVAE: tuple[Row, ...] = (
     Row("diffusevae-form2-noconcat", "diffusevae-form2", on=THREE | SCENES_ONE, model={"concat": False}),
     Row("diffusevae-form1-paper", "diffusevae-form1", on=ONCE, model={"diffusion": _LINEAR}, ancestral={}),
 )
+
+# %% ../nbs/80_experiments.ipynb #5a7dbe18
 _LOOK_AT = {**FEW, **USUAL}
 
 DIFFUSEVAE += (  # what `hybridvae report` trains: minutes of two cores

@@ -42,7 +42,7 @@ def test_one_training_has_an_interval_over_images_and_is_no_claim():
     width = 1.96 * np.hypot(0.1, 0.1)
     assert (finding.gaps["FD"].low, finding.gaps["FD"].high) == pytest.approx((-1 - width, -1 + width))
     assert "one training each, not a claim; intervals over images" in finding.sentence
-    assert finding.verdict() == "one training" and finding.trainings == 1
+    assert finding.verdict() == "too few trainings" and finding.trainings == 1
     without = pairs([1.0], [2.0])
     del without[0]["evaluations"][0]["metrics"]["FD (x)"]["deviation"]
     finding = findings("toy", without)["refiner"]
@@ -119,7 +119,7 @@ def test_every_finding_of_the_committed_records_opens_with_its_number_and_says_w
             assert x.sentence.startswith("No record yet")
         for gap in x.gaps.values():
             told = "lower" if gap.high < 0 else "higher" if gap.low > 0 else "not told apart"
-            assert gap.verdict in ("one training", "not told apart", told)
+            assert gap.verdict in ("too few trainings", "not told apart", told)
 
 
 @pytest.mark.parametrize("key", ["nearest", "ratio", "detail"])
