@@ -530,7 +530,8 @@ def device_name(device: str | torch.device) -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if line.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else model
-    return f"{model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}"
 
 # %% ../nbs/00a_core.ipynb #0a08d587
 def _git(*args: str) -> str | None:
