@@ -230,7 +230,6 @@ _OTHERS = {"shapes": 1, "scenes": 1}  # the curves of photographs are those of f
 DIFFUSEVAE: tuple[Row, ...] = (
     Row("features", on={"shapes": 1, "scenes": 2, "cifar10": 2, "celeba64": 2, "celeba256": 1},
         model={"part": "features"}, train={"part": "train_features"}, n_study="n", batch="batch"),
-    Row("features-short", "features", on={"cifar10": 2}, train={"part": "train_features", "kimg": 300}),  # another eye
     Row("vae", on=ALL | SCENES, model={"part": "vae", "model": "VAE"}, train={"part": "train_vae"},
         evaluate=VAE_EVALUATIONS, studies={"path_length": EVERY, "readout": _KNOWN, "likelihood": _BOUND},
         half=PHOTOGRAPHS, shared=_MEASURED),
