@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'FAMILIES', 'TEACHERS', 'UNIFORM_BITS', 'QUALITY', 'COSTS', 'Setting', 'JOINT_PAIRS', 'JOINT_QUESTION',
            'ADAPTIVE_QUESTION', 'NOISE_QUESTION', 'LEAST_IMAGES', 'LEAST_PAIRS', 'SPACE_QUESTION', 'QUESTIONS', 'label',
-           'family', 'palette', 'measurements', 'comparison', 'export_table', 'Difference', 'difference',
+           'family', 'palette', 'measurements', 'comparison', 'export_table', 'Difference', 'in_per_cent', 'difference',
            'pareto_front', 'plot_quality', 'Answer', 'joint_differences', 'differences_table', 'joint_answer',
            'adaptive_times', 'flow_share', 'adaptive_answer', 'growth_under_noise', 'noise_answer', 'space_differences',
            'space_answer']
@@ -194,6 +194,15 @@ class Difference:
     def __str__(self) -> str:
         kind = f"{self.seeds} seeds" if self.seeds > 1 else "one training each, over images"
         return f"{self.per_cent:+.0f} %: {self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}], {kind}"
+
+
+def in_per_cent(gap: Difference | None) -> str:
+    "A difference in per cent of the second model's value, with its interval; empty where there is none."
+    if gap is None or not gap.value:
+        return ""
+    scale = gap.per_cent / gap.value
+    over = f"{gap.seeds} seeds" if gap.seeds > 1 else "images"
+    return f"{gap.per_cent:+.0f} % [{scale * gap.low:+.0f}, {scale * gap.high:+.0f}] over {over}"
 
 # %% ../nbs/06_evaluation.ipynb #18082429
 def _deviation(records: list[dict], setting: Setting, kind: str) -> float:
