@@ -207,7 +207,7 @@ class ELBO(Autoencoder):
                  eps: torch.Tensor) -> dict[str, torch.Tensor]:
         "The terms of images x whose reconstruction x̂ was decoded from the code μ + σ ε, each (B,), per dimension."
         mse = (x - x_hat).square().mean(dim=(1, 2, 3))
-        nll = mse / (2 * self.sigma**2) + math.log(self.sigma) + 0.5 * math.log(2 * math.pi)  # -log N(x; x̂, s²)
+        nll = mse / (2 * self.sigma**2) + math.log(self.sigma) + 0.5 * math.log(2 * math.pi)  # -log N(x; x̂, σ_x²)
         return {"reconstruction": nll, "mse": mse, "kl": self.kl(mu, logvar, eps) / x[0].numel()}
 
     def elbo_terms(self, x: torch.Tensor, eps: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -358,7 +358,7 @@ class VAEBound(VAELoss):
         """Parts whose sum bounds -log P(x) from above, nats per image: `kl` (priors, B), those of -log P(x|z) (B,).
 
         -log P(x) <= KL(q(z|x) || p(z)) + E_q[-log P(x|z)], one z ~ q(z|x) an image (Kingma & Welling 2014, equation 3).
-        Where no likelihood is given, P(x|z) is N(x̂, s²) over the bins of the pixels, see `discretised_log_prob`.
+        Where no likelihood is given, P(x|z) is N(x̂, σ_x²) over the bins of the pixels, see `discretised_log_prob`.
         """
         mu, logvar = self.encode(x)
         eps = draws.randn(*mu.shape).to(x.device)
@@ -396,7 +396,7 @@ class VAE(VAEBound, FittedPriors, VAERecords, Model):
         multipliers: Sequence[int] = (1, 2, 4),  # of the width, one for each level; each level halves the resolution
         blocks: int = 1,  # residual blocks in each level
         patch: int = 2,  # pixels that the first layer joins, along each side
-        sigma: float = 0.2,  # standard deviation s of the decoder, image range [-1, 1]
+        sigma: float = 0.2,  # standard deviation σ_x of the decoder, image range [-1, 1]
         beta: float = 1.0,  # weight of the KL, in nats per dimension
         prior: dict | None = None,  # config of a learned prior, `dim` left out; N(0, I) unless given
         z_channels: int = 0,  # channels of a spatial code, which then decide z_dim; 0 for a vector
