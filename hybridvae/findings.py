@@ -315,7 +315,7 @@ def _told(names: list[str] | None, comparison: Comparison) -> list[str]:
         told += [name for name, strategy in STRATEGIES.items() if experiment == "adaptive-normal" and strategy == own]
         told += [f"by {by}"] if by != USUAL else []
         told += [{"ex-pde": "fitted mixture", None: "N(0, I)"}[options["prior"]]] if "prior" in options else []
-        told += [f"{options['components']} components"] if "components" in options else []
+        told += [f"{options['components'] or 'all'} components"] if "components" in options else []
         told += [f"{options['refine_steps']} steps in pixels"] if "refine_steps" in options else []
         told += [f"{options['steps']} steps"] if "steps" in options and comparison.key != "adaptive" else []
         words.append(", ".join(told))
