@@ -195,7 +195,7 @@ class Difference:
         kind = f"{self.seeds} seeds" if self.seeds > 1 else "one training each, over images"
         return f"{self.per_cent:+.0f} %: {self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}], {kind}"
 
-
+# %% ../nbs/06_evaluation.ipynb #db0c655e
 def in_per_cent(gap: Difference | None) -> str:
     "A difference in per cent of the second model's value, with its interval; empty where there is none."
     if gap is None or not gap.value:
