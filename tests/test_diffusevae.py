@@ -798,24 +798,27 @@ def test_every_entry_names_studies_feature_networks_and_dependencies_that_exist(
 
 
 def test_the_protocol_of_the_design_is_asked_for():
-    "20 steps of DPM-Solver++ with all images in every record; samplers and steps with fewer at seed 0; ancestral once."
-    full = {"shapes": 2_000, "cifar10": 10_000, "celeba64": 5_000, "celeba256": 1_000}
+    """20 steps of DPM-Solver++ with all images in every record; samplers and steps with fewer at seed 0.
+
+    Ancestral once for each data set but CelebA-256, where its 1,000 steps would cost more than the training.
+    """
+    full = {"shapes": 2_000, "cifar10": 10_000, "celeba64": 5_000, "celeba256": 2_000}
     for dataset, n in full.items():
         entries = [e for e in entries_of(dataset, "diffusevae") if e.evaluations
                    and not e.experiment.endswith(campaign.SIZES) and not e.experiment.startswith("trial-")]
-        small = dataset in ("cifar10", "celeba64")
+        photographs = dataset != "shapes"
         for e in entries:
             one_shot = e.model["model"] == "VAE"
             main = {"sampler": None if one_shot else "dpmpp", "steps": 1 if one_shot else 20, "n": n}
-            fitted = {"prior": "ex-pde"} if small and e.experiment != "ddpm" else {}  # the code holds much
+            fitted = {"prior": "ex-pde"} if photographs and e.experiment != "ddpm" else {}  # the code holds much
             assert e.evaluations[0] == main | fitted and main in e.evaluations
             curve = {(v["sampler"], v["steps"]) for v in e.evaluations
                      if v["sampler"] in ("dpmpp", "ddim") and v["n"] < n}
-            if e.seed == 0 and e.experiment in ("ddpm", "diffusevae-form1-z" if small else "diffusevae-form2"):
+            if e.seed == 0 and e.experiment in ("ddpm", "diffusevae-form1-z" if photographs else "diffusevae-form2"):
                 assert curve >= {(s, steps) for s in ("dpmpp", "ddim") for steps in (10, 20, 50)}
         ancestral = [e for e in entries
                      if any(v["sampler"] == "ancestral" and v["steps"] == 1000 for v in e.evaluations)]
-        assert len(ancestral) == 1
+        assert len(ancestral) == (dataset != "celeba256")
         seeds = {e.experiment: {f.seed for f in entries if f.experiment == e.experiment} for e in entries}
         assert dataset == "celeba256" or seeds["diffusevae-form1"] == seeds["ddpm"] == seeds["vae"] == {0, 1, 2}
 
