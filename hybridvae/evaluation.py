@@ -197,7 +197,7 @@ class Difference:
 
 # %% ../nbs/06_evaluation.ipynb #db0c655e
 def in_per_cent(gap: Difference | None) -> str:
-    "A difference in per cent of the second model's value, with its interval; empty where there is none."
+    "A difference in per cent of the second model's value, with its interval; empty where there is none, or it is 0."
     if gap is None or not gap.value:
         return ""
     scale = gap.per_cent / gap.value
@@ -378,7 +378,7 @@ def adaptive_answer(dataset: str) -> Answer:
 
 # %% ../nbs/06_evaluation.ipynb #ac1219b2
 NOISE_QUESTION = "How does each model handle uncertain or noisy VAE outputs?"
-LEAST_IMAGES = 1_000  # of a distance: of fewer its floor is too high
+LEAST_IMAGES = 1_000  # of a distance: the floor of fewer is too high
 
 
 def growth_under_noise(records: list[dict]) -> dict[str, dict[float, list[float]]]:

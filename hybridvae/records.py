@@ -108,8 +108,8 @@ def floor_of(dataset: str, n: int) -> dict[str, float] | None:
 
     From the record of the data set's feature network.
     """
-    eyes = (r for r in all_records(dataset) if (r["experiment"], r["seed"]) == ("features", 0))
-    floors: dict[str, dict] = next((r["floors"] for r in eyes), {})
+    networks = (r for r in all_records(dataset) if (r["experiment"], r["seed"]) == ("features", 0))
+    floors: dict[str, dict] = next((r["floors"] for r in networks), {})
     return floors.get(str(n), {}).get("train to held-out")
 
 

@@ -147,6 +147,13 @@ def test_an_answer_of_the_committed_records_has_a_table_or_says_that_it_has_none
     assert (answer.table is None) == ("Not answered" in answer.sentence)
 
 
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_each_question_has_an_answer_on_the_data_of_the_lessons(question):
+    "That of adaptive conditioning once found no times there, since its evaluations name a prior."
+    answer = question("scenes")
+    assert answer.table is not None and "Not answered" not in answer.sentence
+
+
 def test_growth_under_noise_is_relative_to_each_seeds_own_distance(written):
     robustness = {"n": 1_000, "levels": [0.0, 0.2], "noise on x̂": [2.0, 5.0], "noise on z": [2.0, 2.0]}
     made = written(record("ddpm", robustness=robustness), record("ddpm", 1, robustness=robustness | {

@@ -49,6 +49,29 @@ def test_one_training_has_an_interval_over_images_and_is_no_claim():
     assert "intervals" not in finding.sentence and "nan" not in finding.sentence and "[" not in finding.sentence
 
 
+@pytest.mark.parametrize("key", [c.key for c in COMPARISONS if c.note == f.CHOSEN])
+def test_what_was_chosen_on_a_seed_is_tested_without_it(key):
+    "Three trainings, of which one was looked at: two are left, which is no claim."
+    comparison = next(c for c in COMPARISONS if c.key == key)
+
+    def evaluated(seed, shift):
+        made = {}
+        for (name, options), value in ((comparison.a, 1.0), (comparison.b, 2.0)):
+            r = made.setdefault(name, record(name, seed) | {"evaluations": [record(name)["evaluations"][0]]})
+            given = {k: v for k, v in options.items() if v is not None}
+            metrics = {"FD (x)": {"value": value + shift, "deviation": 0.1}}
+            r["evaluations"].append(r["evaluations"][0] | given | {"metrics": metrics})
+        return made.values()
+    records = [r for seed, shift in enumerate([9.0, 0.1, 0.2]) for r in evaluated(seed, shift)]
+    finding = compared(records, "toy")[key]
+    assert finding.trainings == 2 and finding.verdict() == "too few trainings" and "left out" in finding.sentence
+
+
+def test_the_nearest_model_is_of_the_largest_n_and_no_trial():
+    made = [record("ddpm", fd=3.0), record("vae", fd=2.5, n=1_000), record("trial-v", fd=1.0)]
+    assert CLAIMS["nearest"](made, "toy").sentence.startswith("3.00 in FD (x): DDPM, the model with the lowest mean FD")
+
+
 def test_two_experiments_of_a_run_have_a_gap_over_images_and_none_where_n_differs():
     run = [record("ddpm-short", fd=20.0, deviation=0.3), record("diffusevae-form1-short", fd=10.0, deviation=0.4)]
     gap = gap_between(run, "diffusevae-form1-short", "ddpm-short")
