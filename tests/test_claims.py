@@ -3,7 +3,10 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
+
+from hybridvae.report import page, read_bibliography, resolve_references
 
 NBS = Path(__file__).parents[1] / "nbs"
 LESSONS = pytest.mark.parametrize("lesson", ["01_diffusevae", "07_report"])
@@ -43,16 +46,58 @@ def test_a_table_says_lower_or_higher_only_where_the_interval_is_on_that_side_of
             assert float(row["p (Holm)"]) < 0.05 and (high < 0 if row["verdict"] == "lower" else low > 0), name
 
 
-GAP = re.compile(r"[+-]\d+ % \[([+-]\d+), ([+-]\d+)\] in ([^;]*?\))(?:, (lower|higher|not told apart)( \(within ±)?)?")
+GAP = re.compile(r"[+-]\d+ % \[([+-]\d+), ([+-]\d+)\] in (FD \(\w+\)|texture distance|high-frequency power)"
+                 r"( \([^()]* against [^()]*\))?(?:, (lower|higher|not told apart)( \(within ±)?)?")
 
 
 def test_every_sentence_of_the_report_on_a_difference_carries_its_interval_and_no_more():
     found = GAP.findall("\n".join(outputs("07_report", "text/markdown")))
-    assert len(found) >= 20
-    for low, high, metric, said, bound in found:
-        assert int(low) <= int(high) and metric
-        assert bool(bound) == (said == "not told apart")
+    assert len(found) >= 60 and len({metric for _, _, metric, *_ in found}) >= 5
+    for low, high, _, values, said, bound in found:
+        assert int(low) <= int(high)
+        assert bool(bound) == (said == "not told apart" and bool(values))  # the short form has neither
         assert said not in ("lower", "higher") or (int(high) <= 0 if said == "lower" else int(low) >= 0)
+
+
+def test_abstract_and_conclusion_say_what_the_results_say():
+    "Every change in the abstract, and in the answers of the conclusion, stands in a sentence of the results."
+    found = outputs("07_report", "text/markdown")
+    changes = lambda text: set(re.findall(r"[+-]\d+ % \[[^]]*\] in [\w ()-]+?(?=[ ,;.]|$)", text))
+    summaries = [text for text in found if text.startswith(("- *Refiner", "1. **Refiner"))]
+    results = "\n".join(text for text in found if text not in summaries)
+    assert len(summaries) == 2 and len(changes("\n".join(summaries))) > 10
+    assert not {change for text in summaries for change in changes(text) if change not in results}
+
+
+def test_every_figure_of_the_report_has_alternative_text_and_its_page_shows_it():
+    figures = ["".join(c["source"]) for c in cells("07_report") if "#| label: fig-" in "".join(c["source"])]
+    assert len(figures) > 12 and not [text[:40] for text in figures if not re.search(r'^#\| fig-alt: "\w.{30,}"$',
+                                                                                   text, flags=re.M)]
+    nb = nbformat.read(NBS / "07_report.ipynb", as_version=4)
+    html = page(resolve_references(nb, read_bibliography((NBS / "refs.bib").read_text())))
+    pictures = re.findall(r"<img[^>]*>", html)
+    assert len(pictures) >= len(figures)
+    assert not [tag[-80:] for tag in pictures if not re.search(r'alt="(?!No description)[^"]{20,}"', tag)]
+
+
+def test_labels_in_the_charts_of_the_report_are_of_nine_points_and_more():
+    charts = outputs("07_report", "image/svg+xml")
+    sizes = [float(size) for svg in charts for size in re.findall(r"font-size: ([\d.]+)px", svg)]
+    widths = [float(width) for svg in charts for width in re.findall(r'<svg [^>]*width="([\d.]+)pt"', svg)]
+    assert len(charts) > 6 and len(sizes) > 100 and min(sizes) >= 9
+    assert max(widths) <= 720  # of a page, in points: a wider chart would be shrunk, and its letters with it
+
+
+def test_no_table_of_the_report_has_a_column_that_only_real_images_fill():
+    seen = 0
+    for table in tables("07_report"):
+        models = [row for name, row in table.items() if not name.startswith("floor")]
+        if len(models) < len(table):
+            seen += 1
+            empty = [column for column in models[0] if not any(row.get(column) for row in models)]
+            assert not empty, empty
+            assert {row["n"] for row in table.values()} == {row["n"] for row in models}  # no floor of another n
+    assert seen >= 5
 
 
 def test_no_number_of_a_result_is_typed_into_the_report():

@@ -1,6 +1,7 @@
 """The final evaluation: tables, differences, fronts and answers follow the records, and say no more than they do."""
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -12,8 +13,8 @@ from scipy.stats import ttest_rel
 from hybridvae import evaluation, records
 from hybridvae.core import load_records
 from hybridvae.evaluation import (FAMILIES, LABELS, QUALITY, QUESTIONS, Difference, comparison, difference,
-                                  export_table, family, growth_under_noise, joint_answer, label, measurements,
-                                  palette, pareto_front)
+                                  export_table, family, growth_under_noise, in_digits, joint_answer, label,
+                                  measurements, palette, pareto_front)
 from hybridvae.records import results_folder
 
 
@@ -127,9 +128,30 @@ def test_an_answer_follows_its_records(written):
                 *(record("joint-none", s, v) for s, v in enumerate([2.0, 2.5, 5.5])))
         return joint_answer("celeba64").sentence
     better, worse, same = sentence([1.0, 1.5, 4.4]), sentence([3.0, 3.5, 6.6]), sentence([2.1, 2.4, 5.4])
-    assert better.startswith("-31 %") and better.count(", lower") == 2
-    assert worse.startswith("+31 %") and worse.count(", higher") == 2
+    assert better.startswith("-31 % in FD (") and better.count(", lower") == 4  # two distances, two priors
+    assert worse.startswith("+31 % in FD (") and worse.count(", higher") == 4
     assert "not told apart" in same
+
+
+def test_digits_follow_the_width_of_the_interval():
+    assert in_digits(-0.612, -1.571, 0.348) == "-0.61 [-1.57, +0.35]"
+    assert in_digits(-53.56, -72.27, -34.84) == "-53.6 [-72.3, -34.8]"
+    assert in_digits(0.00179, -0.00108, 0.00466) == "+0.00179 [-0.00108, +0.00466]"
+
+
+def test_every_model_that_was_measured_with_noise_is_named_from_the_least_hurt_on(written):
+    robustness = {"n": 1_000, "levels": [0.0, 0.2], "noise on x̂": [1.0, 3.0], "noise on z": [1.0, 1.0]}
+    names = {"diffusevae-form1": 3.0, "diffusevae-form1-z": 2.0, "diffusevae-form2": 4.0}
+    written(*(record(name, robustness=robustness | {"noise on x̂": [1.0, end]}) for name, end in names.items()))
+    said = evaluation.noise_answer("celeba64").sentence
+    assert re.findall(r"(\d\.\d) times", said) == ["2.0", "3.0", "4.0"] and all(label(name) in said for name in names)
+
+
+def test_the_time_of_a_flow_prior_has_its_quartiles_and_says_where_it_was_not_timed(monkeypatch):
+    said = evaluation.flow_sentence("shapes")
+    assert said.count("[") >= 4 and "3 trainings each" in said
+    monkeypatch.setattr(evaluation, "sampling_times", lambda dataset: [])
+    assert "not timed here" in evaluation.flow_sentence("shapes")
 
 
 @pytest.mark.parametrize("question", QUESTIONS)

@@ -1,4 +1,5 @@
 """Findings follow the records: a record is changed, and the sentence changes; without one it says so."""
+import json
 import re
 
 import matplotlib.pyplot as plt
@@ -194,6 +195,37 @@ def test_tables_name_the_command_that_measures_fid_and_what_is_not_recorded():
     assert list(f.replication_table(score=True).columns.get_level_values(0).unique()) == ["cifar10"]
     assert set(f.provenance_table("celeba64")["experiment"]) == {
         r["experiment"] for r in all_records("celeba64")}
+
+
+def test_a_row_beside_the_replication_has_one_size(monkeypatch):
+    made = [record("vae", fd=9.0), record("vae-cpu", fd=4.0), record("diffusevae-form1-z-cpu", fd=1.0)]
+    monkeypatch.setattr(f, "all_records", lambda dataset: made)
+    row = f.replication_table()["celeba64", "FD, here"]
+    assert row["VAE"].startswith("4.00 (n = 2,000, CPU size") and row["form 1 + z"].startswith("1.00")
+    assert f.common_size([record("vae"), record("vae-cpu")]) == ""  # of equals the larger
+
+
+def test_no_two_comparisons_are_the_same_test():
+    "On any data set: the same values twice would make the correction for all of them too strict."
+    for dataset in DATASETS:
+        seen = {}
+        for c in COMPARISONS:
+            found = f._measured(all_records(dataset), c, "FD")
+            if found:
+                values = json.dumps([[m["value"] for m in entries.values()] for entries in found[1:3]])
+                assert seen.setdefault(values, c.key) == c.key, (dataset, c.key, seen[values])
+
+
+def test_a_small_ddpm_stands_beside_the_hybrid_with_its_u_net():
+    records = [record("diffusevae-form1-z-small-cpu", fd=1.0), record("ddpm-small-cpu", fd=2.0)]
+    said = findings("toy", records)["small ddpm"].sentence
+    assert said.startswith("-50 % [") and "“form 1 + z, small, CPU size” less “DDPM, small, CPU size”" in said
+
+
+def test_a_change_of_many_times_is_told_as_a_ratio():
+    said = str(Gap("high-frequency power", 0.9, 0.01, 0.79, 0.99, 3, p=0.01))
+    assert said.startswith("90.0 times [80.0, 100] the high-frequency power (0.90 against 0.01; real images 1), higher")
+    assert str(Gap("FD (x)", 5.0, 1.0, 3.0, 5.0, 3, p=0.01)).startswith("+400 % [+300, +500] in FD (x)")
 
 
 def test_pictures_are_drawn_where_there_are_records():
