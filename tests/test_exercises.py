@@ -79,13 +79,15 @@ WRONG = {
         COUPLING.format("s.exp().sum(dim=1)") + INVERSE.format("(u_b - t) * (-s).exp()"),
         COUPLING.format("s.sum()") + INVERSE.format("(u_b - t) * (-s).exp()"),
         COUPLING.format("s.sum(dim=1)") + INVERSE.format("u_b * (-s).exp() - t"),
-        "my_coupling, my_inverse = lambda z, f: (z, z.new_zeros(len(z))), lambda u, f: u"],
+        "my_coupling, my_inverse = lambda z, f: (z, z.new_zeros(len(z))), lambda u, f: u",
+        "my_coupling = lambda z, f: z"],
     ("00c_priors", 3): ["my_prior = lambda codes: StandardNormal(2)", "my_prior = lambda codes: fit_mixture(codes, 2)"],
     ("00d_vae", 1): ["collapsed = images.median(dim=0).values", "collapsed = images[0]", "collapsed = 0 * images[0]"],
     ("00d_vae", 2): [
         "tighter_bound = lambda q, z: (Normal(z, s).log_prob(x) + prior.log_prob(z) - q.log_prob(z)).mean()",
         "tighter_bound = lambda q, z: (Normal(z, s).log_prob(x) + prior.log_prob(z) - q.log_prob(z)).logsumexp(0)",
-        "tighter_bound = lambda q, z: Normal(z, s).log_prob(x).logsumexp(0) - math.log(len(z))"],
+        "tighter_bound = lambda q, z: Normal(z, s).log_prob(x).logsumexp(0) - math.log(len(z))",
+        "tighter_bound = lambda q, z: Normal(z, s).log_prob(x) + prior.log_prob(z) - q.log_prob(z)"],
     ("00d_vae", 3): ["train_vae = lambda beta: VAE(**PRESETS['shapes']['vae'], beta=beta).eval()"],
     ("00e_diffusion", 1): ["prediction = 1", "prediction = -1"],
     ("00e_diffusion", 2): [
