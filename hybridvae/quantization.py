@@ -206,31 +206,36 @@ def int8_state(layer: nn.Module, scale: float, zero: int) -> dict[str, torch.Ten
             "bias": torch.zeros(len(weight)) if bias is None else bias.detach(),
             "input_scale": torch.tensor(scale), "input_zero": torch.tensor(zero)}
 
+# %% ../nbs/05a_quantization.ipynb #7b173449
+def _kept(names: set[str], parts: Sequence[str]) -> set[str]:
+    "The layers within these parts of a U-Net; names and parts as in `quantizable`."
+    found = {part: {name for name in names if f"{name}.".startswith(f"{part}.")} for part in parts}
+    for part in (part for part in parts if names and not found[part]):
+        known = sorted({".".join(name.split(".")[:2]) for name in names})
+        raise HybridVAEError(f"the U-Net has no part {part!r} in int8 to keep: choose from {', '.join(known)}.")
+    kept = set().union(*found.values())
+    if names and kept == names:
+        raise HybridVAEError(f"nothing is left to compute in int8 where {', '.join(parts)} stay in float: keep fewer.")
+    return kept
+
 # %% ../nbs/05a_quantization.ipynb #bbae9861
 FLOAT_PARTS = ("stem", "head", "time_mlp", "z_mlp")  # of a U-Net: they stay in float
 
 
 def quantizable(
     model: nn.Module,
-    keep: Sequence[str] = (),  # further parts of a U-Net that stay in float, such as "up.7", with all layers in them
+    keep: Sequence[str] = (),  # further parts of a U-Net that stay in float, such as "up.7"
 ) -> dict[str, nn.Module]:
     """Convolutions and linear layers of a model's U-Nets that compute in int8, by name; attention's products do not.
 
     Raises `HybridVAEError` for a part to keep that holds no such layer, or where all layers are kept.
     """
     nets = {name: part for name, part in model.named_modules() if isinstance(part, UNetForward)}
-    layers = {(net, name): layer for net, unet in nets.items() for name, layer in unet.named_modules()
-              if isinstance(layer, (nn.Conv2d, nn.Linear)) and name.split(".")[0] not in FLOAT_PARTS}
-    within = lambda name, part: f"{name}.".startswith(f"{part}.")
-    for part in keep:
-        if layers and not any(within(name, part) for _, name in layers):
-            known = dict.fromkeys(".".join(name.split(".")[:2]) for _, name in layers)
-            raise HybridVAEError(f"the U-Net has no part {part!r} in int8 to keep: choose from {', '.join(known)}.")
-    left = {f"{net}.{name}": layer for (net, name), layer in layers.items()
-            if not any(within(name, part) for part in keep)}
-    if layers and not left:
-        raise HybridVAEError(f"nothing is left to compute in int8 where {', '.join(keep)} stay in float: keep fewer.")
-    return left
+    layers: dict[tuple[str, str], nn.Module] = {
+        (net, name): layer for net, unet in nets.items() for name, layer in unet.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and name.split(".")[0] not in FLOAT_PARTS}
+    kept = _kept({name for _, name in layers}, keep)
+    return {f"{net}.{name}": layer for (net, name), layer in layers.items() if name not in kept}
 
 # %% ../nbs/05a_quantization.ipynb #c4080aeb
 @torch.no_grad()
@@ -325,10 +330,8 @@ def quantize(
     for name, layer in layers.items():
         low, high = zip(*ranges[name].values())
         state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-        own = int8_state(layer, *byte_range(min(low), max(high))).items()
-        state |= {f"{name}.{key}": value for key, value in own}
-    own_config = {"model": INT8_CLASSES[kind].__name__} | ({"keep": list(keep)} if keep else {})
-    twin = build_model(model.config | own_config)
+        state |= {f"{name}.{key}": value for key, value in int8_state(layer, *byte_range(min(low), max(high))).items()}
+    twin = build_model(model.config | {"model": INT8_CLASSES[kind].__name__} | ({"keep": [*keep]} if keep else {}))
     twin.load_state_dict(state)
     return twin.eval()
 
@@ -407,8 +410,7 @@ def distances_after(
     features: nn.Module,  # network that measures
     test: ImageData,  # held-out images
     n: int = 1_000,  # images of each variant, the same noise for all
-    seed: int = 0,  # of the noise
-    batch: int = 100,  # images at a time
+    seed: int = 0, batch: int = 100,  # of the noise; images at a time
     names: tuple = (),  # of `VARIANTS`; all unless given; the float model comes first in any case
     draws: int = 200,  # as in `changes`
     keep: Sequence[str] = (),  # as in `quantize`
@@ -417,9 +419,8 @@ def distances_after(
 
     `rms_levels`: root mean square difference from the float model's images, of 255; `changes`: see there.
     """
-    variants, real = {"fp32": model, "bf16": model, **int8_variants(model, keep=keep)}, describe(features, test.batches(200))
-    first, rows = _drawn(model, n, seed, batch), []
-    before = describe(features, first)
+    real, first, rows = describe(features, test.batches(200)), _drawn(model, n, seed, batch), []
+    variants, before = {"fp32": model, "bf16": model, **int8_variants(model, keep=keep)}, describe(features, first)
     for name in checked_variants(names):
         images = first if name == "fp32" else _drawn(variants[name], n, seed, batch, half=name == "bf16")
         after = describe(features, images)
