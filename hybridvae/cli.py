@@ -1004,6 +1004,16 @@ def _stop(number: int, frame) -> None:
     raise _Stopped(number)
 
 
+@contextlib.contextmanager
+def _one_voice():
+    "Of several processes that share a run only the first prints: all would print the same."
+    if os.environ.get("RANK", "0") == "0":
+        yield
+    else:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+
+
 def _sentence(error: Exception) -> str | None:
     "What the user is told of an error; None for a bug, whose traceback is of use."
     kinds, message = {kind.__name__ for kind in type(error).__mro__}, str(error)  # names: PyTorch is not imported here
@@ -1025,7 +1035,8 @@ def main():
     heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _stop) for number in heard}
     try:
-        app()
+        with _one_voice():
+            app()
     except _Stopped as stopped:
         print(f"hybridvae: stopped by {stopped.signal.name}: nothing is left half-written, so run the same command "
               "again.", file=sys.stderr)
