@@ -10,13 +10,13 @@ __all__ = ['LARGEST', 'app', 'Runs', 'Minutes', 'Cpu', 'Weights', 'SamplerName',
            'RungKimg', 'Rungs', 'DISTILL_EXAMPLES', 'Number', 'RefineSteps', 'Prior', 'Components', 'First', 'Target',
            'SAMPLE_EXAMPLES', 'Given', 'HeldOut', 'AtMost', 'RECONSTRUCT_EXAMPLES', 'Varied', 'Seeds', 'TwoImages',
            'OnPath', 'FixedSeed', 'INTERPOLATE_EXAMPLES', 'KeptPrior', 'Numbers', 'WeightsFile', 'Calibration',
-           'JsonFile', 'VariantNames', 'OnTrajectory', 'Compared', 'Drawn', 'Existing', 'Features', 'Inception',
-           'Measured', 'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly', 'MeasureOnly',
-           'Standard', 'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedWeights', 'TimedOn', 'TimedOnly',
-           'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny', 'Results', 'BENCH_EXAMPLES',
-           'RatedOn', 'RatedOnly', 'Pairs', 'Rating', 'Table', 'Faces', 'Pdf', 'data', 'run', 'train', 'distill',
-           'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate', 'campaign', 'bench', 'rate',
-           'report', 'main']
+           'JsonFile', 'VariantNames', 'KeptParts', 'OnTrajectory', 'Compared', 'Drawn', 'Existing', 'Features',
+           'Inception', 'Measured', 'EVALUATE_EXAMPLES', 'Datasets', 'Patterns', 'DryRun', 'List', 'TrainOnly',
+           'MeasureOnly', 'Standard', 'CAMPAIGN_EXAMPLES', 'BENCH_OPTIONS', 'PROFILED', 'What', 'TimedWeights',
+           'TimedOn', 'TimedOnly', 'TimedBatch', 'Rounds', 'AllSteps', 'ProfileSampler', 'ProfileSteps', 'Tiny',
+           'Results', 'BENCH_EXAMPLES', 'RatedOn', 'RatedOnly', 'Pairs', 'Rating', 'Table', 'Faces', 'Pdf', 'data',
+           'run', 'train', 'distill', 'sample', 'reconstruct', 'interpolate', 'export', 'quantize', 'evaluate',
+           'campaign', 'bench', 'rate', 'report', 'main']
 
 # %% ../nbs/91_cli.ipynb #63154459
 #| code-fold: true
@@ -523,6 +523,8 @@ Calibration = Annotated[int, typer.Option(min=1, help="images drawn to measure t
 JsonFile = Annotated[Path | None, typer.Option(help="write all of it to this file, too")]
 VariantNames = Annotated[list[str] | None, typer.Option(
     "--variant", help="with --dataset: only the float model and this one, such as int8; may be repeated")]
+KeptParts = Annotated[list[str] | None, typer.Option(
+    "--keep", help="part of the U-Net that stays in float, such as up.7; may be repeated")]
 OnTrajectory = Annotated[int, typer.Option(help="timesteps at which they are measured, evenly spaced, 1 to 1000")]
 
 # %% ../nbs/91_cli.ipynb #8c54e2ca
@@ -537,6 +539,7 @@ def quantize(
     dataset: Annotated[str, typer.Option(help="measure its distances, too, of each variant: minutes")] = "",
     json: JsonFile = None,
     variant: VariantNames = None,
+    keep: KeptParts = None,
 ):
     "Make a small, fast sampler of trained weights: the U-Net in int8."
     import torch
@@ -551,9 +554,9 @@ def quantize(
     if variant and not dataset:
         raise HybridVAEError("--variant names what is measured: give --dataset and --json, too.")
     names = checked_variants(tuple(variant or ()))
-    model = load_generator(weights, cpu=True)
+    model, kept = load_generator(weights, cpu=True), tuple(keep or ())
     with user_errors():
-        twin = quantize(model, n=n, steps=steps, seed=seed)
+        twin = quantize(model, n=n, steps=steps, seed=seed, keep=kept)
     save_model(twin, out, torch.int8)
     layers = sum(isinstance(part, Int8Layer) for part in twin.modules())
     in_float = sum(t.nbytes for t in model.state_dict().values())
@@ -562,19 +565,21 @@ def quantize(
           f"({in_float / 1e6:.1f} MB in float), in {out}\n"
           f"its samples differ by {(a - b).square().mean().sqrt():.1f} of 255 levels (root mean square)")
     if json:
-        _measure_variants(weights, model, dataset, json, names)
+        _measure_variants(weights, model, dataset, json, names, kept)
 
 # %% ../nbs/91_cli.ipynb #3f25802e
-def _measure_variants(weights: str, model, dataset: str, file: Path, names: tuple[str, ...]) -> None:
-    "Measure, and write beside what the file holds of other weights."
+def _measure_variants(weights: str, model, dataset: str, file: Path, names: tuple[str, ...],
+                      kept: tuple[str, ...] = ()) -> None:
+    "Measure, and write beside what the file holds of other weights, or of these with other parts in float."
     import torch
     from hybridvae.core import change_json, provenance
     from hybridvae.generators import data_for, measuring_networks
     from hybridvae.quantization import distances_after
 
     features = measuring_networks(dataset, "", None, torch.device("cpu"))[0]
-    rows = distances_after(model, features, data_for(model, dataset, "test"), names=names)
-    change_json(file, lambda before: before | {weights: {"dataset": dataset, "rows": rows, **provenance("cpu")}})
+    rows = distances_after(model, features, data_for(model, dataset, "test"), names=names, keep=kept)
+    key = ", ".join((weights, *(f"{part} in float" for part in kept)))
+    change_json(file, lambda before: before | {key: {"dataset": dataset, "rows": rows, **provenance("cpu")}})
     print(f"distances of {len(rows)} variants in {file}")
 
 # %% ../nbs/91_cli.ipynb #e7fbc8f2
@@ -999,6 +1004,16 @@ def _stop(number: int, frame) -> None:
     raise _Stopped(number)
 
 
+@contextlib.contextmanager
+def _one_voice():
+    "Of several processes that share a run only the first prints: all would print the same."
+    if os.environ.get("RANK", "0") == "0":
+        yield
+    else:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+
+
 def _sentence(error: Exception) -> str | None:
     "What the user is told of an error; None for a bug, whose traceback is of use."
     kinds, message = {kind.__name__ for kind in type(error).__mro__}, str(error)  # names: PyTorch is not imported here
@@ -1020,7 +1035,8 @@ def main():
     heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _stop) for number in heard}
     try:
-        app()
+        with _one_voice():
+            app()
     except _Stopped as stopped:
         print(f"hybridvae: stopped by {stopped.signal.name}: nothing is left half-written, so run the same command "
               "again.", file=sys.stderr)

@@ -10,7 +10,7 @@ __all__ = ['TEXTURE_LEVELS', 'LUMINANCE_CHROMA', 'ROUNDING', 'BOOTSTRAP_FEATURES
            'frechet_deviation', 'kernel_distance', 'score_splits', 'inception_score', 'confidence', 'precision_recall',
            'density_coverage', 'diversity', 'InceptionNetwork', 'load_inception', 'metric_name', 'measure', 'compare',
            'degraded', 'distance_scale', 'distance_floors', 'Paired', 'paired', 'paired_family', 'paired_table',
-           'slerp', 'path_length', 'linear_readout']
+           'paired_line', 'slerp', 'path_length', 'linear_readout']
 
 # %% ../nbs/00h_metrics.ipynb #cell-002
 #| code-fold: true
@@ -768,6 +768,25 @@ def paired_table(family: dict[str, Paired]):
                    "p (Holm)": f"{r.p:.2g}", "verdict": r.verdict, "within ±": f"{r.bound:.2f}", "seeds": r.n}
             for name, r in family.items()}
     return pd.DataFrame(rows).T
+
+# %% ../nbs/00h_metrics.ipynb #5a8a15b2
+def paired_line(
+    title: str,
+    a: dict[int, float],  # as in `paired`
+    b: dict[int, float],
+    digits: int = 2,  # after the point
+) -> str:
+    """One comparison as a line: a - b with its 95 % interval, not corrected, and the number of seeds.
+
+    Where the interval holds 0 the bound stands beside it. Says so where there are fewer than three common seeds.
+    """
+    result = paired(a, b)
+    if result is None:
+        return f"{title}: fewer than three common seeds, no claim"
+    number = lambda value: f"{value:+.{digits}f}"
+    bound = f", within ±{result.bound:.{digits}f}" if result.low <= 0 <= result.high else ""
+    return (f"{title}: {number(result.difference)} [{number(result.low)}, {number(result.high)}]{bound}, "
+            f"{result.n} seeds")
 
 # %% ../nbs/00h_metrics.ipynb #cell-047
 def slerp(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:

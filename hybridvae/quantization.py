@@ -16,7 +16,7 @@ import itertools
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -206,15 +206,36 @@ def int8_state(layer: nn.Module, scale: float, zero: int) -> dict[str, torch.Ten
             "bias": torch.zeros(len(weight)) if bias is None else bias.detach(),
             "input_scale": torch.tensor(scale), "input_zero": torch.tensor(zero)}
 
+# %% ../nbs/05a_quantization.ipynb #7b173449
+def _kept(names: set[str], parts: Sequence[str]) -> set[str]:
+    "The layers within these parts of a U-Net; names and parts as in `quantizable`."
+    found = {part: {name for name in names if f"{name}.".startswith(f"{part}.")} for part in parts}
+    for part in (part for part in parts if names and not found[part]):
+        known = sorted({".".join(name.split(".")[:2]) for name in names})
+        raise HybridVAEError(f"the U-Net has no part {part!r} in int8 to keep: choose from {', '.join(known)}.")
+    kept = set().union(*found.values())
+    if names and kept == names:
+        raise HybridVAEError(f"nothing is left to compute in int8 where {', '.join(parts)} stay in float: keep fewer.")
+    return kept
+
 # %% ../nbs/05a_quantization.ipynb #bbae9861
 FLOAT_PARTS = ("stem", "head", "time_mlp", "z_mlp")  # of a U-Net: they stay in float
 
 
-def quantizable(model: nn.Module) -> dict[str, nn.Module]:
-    "Convolutions and linear layers of a model's U-Nets that compute in int8, by name; attention's products do not."
+def quantizable(
+    model: nn.Module,
+    keep: Sequence[str] = (),  # further parts of a U-Net that stay in float, such as "up.7"
+) -> dict[str, nn.Module]:
+    """Convolutions and linear layers of a model's U-Nets that compute in int8, by name; attention's products do not.
+
+    Raises `HybridVAEError` for a part to keep that holds no such layer, or where all layers are kept.
+    """
     nets = {name: part for name, part in model.named_modules() if isinstance(part, UNetForward)}
-    return {f"{net}.{name}": layer for net, unet in nets.items() for name, layer in unet.named_modules()
-            if isinstance(layer, (nn.Conv2d, nn.Linear)) and name.split(".")[0] not in FLOAT_PARTS}
+    layers: dict[tuple[str, str], nn.Module] = {
+        (net, name): layer for net, unet in nets.items() for name, layer in unet.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and name.split(".")[0] not in FLOAT_PARTS}
+    kept = _kept({name for _, name in layers}, keep)
+    return {f"{net}.{name}": layer for (net, name), layer in layers.items() if name not in kept}
 
 # %% ../nbs/05a_quantization.ipynb #c4080aeb
 @torch.no_grad()
@@ -248,10 +269,10 @@ class Int8Networks(nn.Module):
 
     config: dict
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, keep: Sequence[str] = (), **kwargs):
         super().__init__(*args, **kwargs)
-        self.config = self.config | {"model": type(self).__name__}
-        for name, layer in quantizable(self).items():
+        self.config = self.config | {"model": type(self).__name__} | ({"keep": list(keep)} if keep else {})
+        for name, layer in quantizable(self, keep).items():
             owner, _, attribute = name.rpartition(".")
             made = Int8Conv(layer) if isinstance(layer, nn.Conv2d) else Int8Linear(cast(nn.Linear, layer))
             setattr(self.get_submodule(owner), attribute, made)
@@ -292,15 +313,16 @@ INT8_CLASSES: dict[str, type[Model]] = {cls.__name__.removeprefix("Int8"): cls f
 def quantize(
     model: Model,  # a trained generator with a U-Net, on the CPU
     ranges: dict | None = None,  # see `activation_ranges`; measured here unless given
+    keep: Sequence[str] = (),  # parts of the U-Net that stay in float, see `quantizable`
     **options,  # of `activation_ranges`
 ) -> Model:
     """The same model with a U-Net in int8, in eval mode; channels of weights, and inputs of layers, have a scale each.
 
-    The first and last layer and the embeddings of time and code stay in float (`FLOAT_PARTS`). Save it with
+    The first and last layer, the embeddings of time and code (`FLOAT_PARTS`) and `keep` stay in float. Save it with
     `save_model(model, path, torch.int8)`, which stores what stays in float as bytes too. Raises `HybridVAEError` for a
     model without a U-Net, or of a class that has no twin in int8.
     """
-    kind, layers = type(model).__name__, quantizable(model)
+    kind, layers = type(model).__name__, quantizable(model, keep)
     if kind not in INT8_CLASSES or not layers:
         raise HybridVAEError(_no_twin(kind))
     ranges = ranges or activation_ranges(model.eval(), **options)
@@ -308,9 +330,8 @@ def quantize(
     for name, layer in layers.items():
         low, high = zip(*ranges[name].values())
         state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-        own = int8_state(layer, *byte_range(min(low), max(high))).items()
-        state |= {f"{name}.{key}": value for key, value in own}
-    twin = build_model(model.config | {"model": INT8_CLASSES[kind].__name__})
+        state |= {f"{name}.{key}": value for key, value in int8_state(layer, *byte_range(min(low), max(high))).items()}
+    twin = build_model(model.config | {"model": INT8_CLASSES[kind].__name__} | ({"keep": [*keep]} if keep else {}))
     twin.load_state_dict(state)
     return twin.eval()
 
@@ -333,7 +354,9 @@ def bytes_by_type(path: str | Path) -> dict[str, int]:
     return dict(sizes.most_common())
 
 # %% ../nbs/05a_quantization.ipynb #4b4279a7
-def int8_variants(model: Model, ranges: dict | None = None, **options) -> dict[str, Model]:
+def int8_variants(
+    model: Model, ranges: dict | None = None, keep: Sequence[str] = (), **options,
+) -> dict[str, Model]:
     """The float model, its twins in int8 by how they were calibrated, and what int4 storage leaves of it, by name.
 
     "int8" has ranges over all timesteps; the ablations have those of one timestep only: the first of the sampler, where
@@ -342,11 +365,11 @@ def int8_variants(model: Model, ranges: dict | None = None, **options) -> dict[s
     ranges = ranges or activation_ranges(model, **options)
     grid = sorted(next(iter(ranges.values())), reverse=True)
     one = {"first": grid[0], "middle": grid[len(grid) // 2], "last": grid[-1]}
-    naive = {f"int8, {name} timestep": quantize(model, {layer: {t: at[t]} for layer, at in ranges.items()})
+    naive = {f"int8, {name} timestep": quantize(model, {layer: {t: at[t]} for layer, at in ranges.items()}, keep)
              for name, t in one.items()}
     with tempfile.TemporaryDirectory() as folder:
         int4 = load_model(save_model(model, Path(folder) / "int4.safetensors", INT4))
-    return {"fp32": model, "int8": quantize(model, ranges), **naive, "int4 storage": int4}
+    return {"fp32": model, "int8": quantize(model, ranges, keep), **naive, "int4 storage": int4}
 
 # %% ../nbs/05a_quantization.ipynb #06ae034e
 def changes(
@@ -387,18 +410,17 @@ def distances_after(
     features: nn.Module,  # network that measures
     test: ImageData,  # held-out images
     n: int = 1_000,  # images of each variant, the same noise for all
-    seed: int = 0,  # of the noise
-    batch: int = 100,  # images at a time
+    seed: int = 0, batch: int = 100,  # of the noise; images at a time
     names: tuple = (),  # of `VARIANTS`; all unless given; the float model comes first in any case
     draws: int = 200,  # as in `changes`
+    keep: Sequence[str] = (),  # as in `quantize`
 ) -> list[dict]:
     """A row for each variant: metrics against the held-out images, and what rounding did to images and distances.
 
     `rms_levels`: root mean square difference from the float model's images, of 255; `changes`: see there.
     """
-    variants, real = {"fp32": model, "bf16": model, **int8_variants(model)}, describe(features, test.batches(200))
-    first, rows = _drawn(model, n, seed, batch), []
-    before = describe(features, first)
+    real, first, rows = describe(features, test.batches(200)), _drawn(model, n, seed, batch), []
+    variants, before = {"fp32": model, "bf16": model, **int8_variants(model, keep=keep)}, describe(features, first)
     for name in checked_variants(names):
         images = first if name == "fp32" else _drawn(variants[name], n, seed, batch, half=name == "bf16")
         after = describe(features, images)

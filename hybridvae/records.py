@@ -113,11 +113,13 @@ def floor_of(dataset: str, n: int) -> dict[str, float] | None:
     return floors.get(str(n), {}).get("train to held-out")
 
 
-def no_record(dataset: str):
-    "What a notebook shows where there is no record yet."
+def no_record(*datasets: str):
+    "What a notebook shows of data sets that have no record yet; nothing where none is named."
     from IPython.display import Markdown
 
-    return Markdown(f"**There is no record on {dataset} yet.** `hybridvae campaign --dataset {dataset}` makes them.")
+    name = datasets[0] if len(datasets) == 1 else "NAME"
+    return Markdown(f"**There is no record on {', '.join(datasets)} yet.** `hybridvae campaign --dataset {name}` "
+                    "makes them." if datasets else "")
 
 # %% ../nbs/00i_records.ipynb #5ec0d1a7
 def grid_of(record: dict, kind: str = "") -> Path | None:

@@ -632,8 +632,16 @@ class _Loop:
         torch.manual_seed(derive_seed("global", self.seed, step, self.accelerator.process_index))  # dropout
         draws, (losses, optimizer) = Draws(self.seed, step, self.slices, self.device), self.wrapped
         take_step(lambda: losses(*self.batches(step, draws), draws=draws), optimizer, self.config.clip, self.device,
-                  self.config.precision, self.accelerator.backward, note)
+                  self.config.precision, self.accelerator.backward, lambda terms: note(_of_all(self, terms)))
         self.average.update(self.config.ema_decay_at(step))
+
+# %% ../nbs/00g_training.ipynb #23e2b193
+def _of_all(loop: _Loop, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "The mean of terms over the processes, each of which has seen its slices of the batch only."
+    if loop.accelerator.num_processes == 1:
+        return terms
+    values = torch.stack([value.float() for value in terms.values()])
+    return dict(zip(terms, loop.accelerator.reduce(values, "mean")))
 
 # %% ../nbs/00g_training.ipynb #2489f1cc
 @contextlib.contextmanager

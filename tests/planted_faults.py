@@ -433,6 +433,10 @@ FAULTS = [
           "test_metrics.py::test_a_family_is_corrected_by_holm"),
     Fault("equality claimed from one side alone", "metrics.py", "float(max(-inner.low, inner.high))",
           "float(inner.high)", "test_metrics.py::test_a_paired_difference_is_students"),
+    Fault("not told apart without a bound", "metrics.py", 'if result.low <= 0 <= result.high else ""',
+          'if False else ""',
+          "test_metrics.py::test_a_line_of_one_comparison_has_its_interval_and_a_bound_only_where_the_interval_holds_"
+          "zero"),
     Fault("a path length of its longest paths", "metrics.py", "squares[cut:len(squares) - cut]", "squares[cut:]",
           "test_metrics.py::test_the_path_length_of_a_linear_generator_is_known"),
     Fault("floor of another n", "records.py", "floors.get(str(n), {})", "next(iter(floors.values()), {})",

@@ -578,8 +578,8 @@ def test_the_family_of_the_lesson_says_lower_and_higher_only_where_the_interval_
         assert verdict == "not told apart" or (float(p) < 0.05 and (high < 0 if verdict == "lower" else low > 0)), name
     rows = families[1]  # where the quarter was chosen on one of the seeds
     assert not any(name.startswith("adaptive") or "quarter" in name for name, *_ in rows)
-    said = next(text for text in ("".join(c["source"]) for c in lesson()) if "What may be claimed" in text)
-    assert f"{len(rows)} together" in said
+    printed = ["".join(out["text"]) for c in lesson() for out in c.get("outputs", []) if "text" in out]
+    assert f"Family of Stage 3: {len(rows)} comparisons" in "".join(printed)
 
 
 def test_no_distance_of_the_lesson_stands_without_its_floor_or_below_a_thousand_images():

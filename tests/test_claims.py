@@ -141,10 +141,9 @@ def test_words_that_the_numbers_do_not_carry_are_gone(lesson):
 
 def test_what_lesson_1_reads_off_its_tables_stands_in_them():
     scenes, verdict = ({name: row["verdict"] for name, row in family.items()} for family in families())
-    assert {name: said for name, said in scenes.items() if "coherence" not in name} == {
+    assert scenes == {
         "form1 - vae, FD": "lower", "form1 - vae, texture distance": "lower", "form1 - ddpm, FD": "lower",
-        "form1 - ddpm, texture distance": "not told apart"}
-    assert verdict["form1 - vae, high-frequency power"] == "higher" == verdict["form1 - ddpm, high-frequency power"]
-    assert verdict["form2-noconcat - form2, FD"] == "lower"
-    assert {name for name, said in verdict.items() if said == "not told apart"} == set(verdict) - {
-        "form1 - vae, high-frequency power", "form1 - ddpm, high-frequency power", "form2-noconcat - form2, FD"}
+        "form1 - ddpm, texture distance": "not told apart", "form1-z - form1, FD": "not told apart",
+        "form1-z - form1, texture distance": "lower", "form1-z - form1, coherence": "not told apart"}
+    assert verdict.pop("form2-noconcat - form2, FD") == "lower"
+    assert len(verdict) == 11 and set(verdict.values()) == {"not told apart"}

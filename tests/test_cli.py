@@ -1093,6 +1093,19 @@ def test_a_signal_ends_a_command_with_one_sentence_and_nothing_half_written(weig
     assert files_below(tmp_path) == []
 
 
+@pytest.mark.parametrize("rank, speaks", [("0", True), ("1", False), (None, True)])
+def test_of_several_processes_the_first_prints(rank, speaks, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["hybridvae", "run", "--dataset", "shapes"])  # lists the experiments
+    with contextlib.suppress(SystemExit):
+        main()
+    assert ("diffusevae-form1" in capsys.readouterr().out) == speaks
+    print("and after")
+    assert capsys.readouterr().out == "and after\n"
+
+
 def test_a_command_does_not_hear_a_signal_that_is_ignored(weights, tmp_path, monkeypatch):
     drawn = DDPM.sample
     monkeypatch.setattr(DDPM, "sample", lambda self, n, **options: (signal.raise_signal(signal.SIGINT),

@@ -1,6 +1,7 @@
 """Every exercise of a lesson: its stub fails with the check's own sentence, its solution passes, wrong answers fail.
 
-An exercise is a stub and a check, flagged `#| exercise`, and a folded solution. What is stored of the check, and so
+An exercise is a stub and a check, flagged `#| exercise`, and a folded solution. Hint, expectation and the output of the
+solution are folded too, or they would answer the question. What is stored of the check, and so
 published, is its answer to the stub, in every notebook. Of the notebook above it, and of the
 solution, only those statements run that define, directly or not, a name which the check uses: no training, no pictures
 (both run where the whole notebook is tested).
@@ -19,9 +20,10 @@ from typing import NamedTuple
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+import yaml
 from hybridvae import data
 from hybridvae.core import exercise
-from test_site import cells, code, default_exp, directives, exported, only_imports, parsed, source
+from test_site import cells, code, default_exp, directives, exported, md, only_imports, parsed, source
 
 matplotlib.use("Agg")
 NBS = Path(__file__).parents[1] / "nbs"
@@ -77,13 +79,15 @@ WRONG = {
         COUPLING.format("s.exp().sum(dim=1)") + INVERSE.format("(u_b - t) * (-s).exp()"),
         COUPLING.format("s.sum()") + INVERSE.format("(u_b - t) * (-s).exp()"),
         COUPLING.format("s.sum(dim=1)") + INVERSE.format("u_b * (-s).exp() - t"),
-        "my_coupling, my_inverse = lambda z, f: (z, z.new_zeros(len(z))), lambda u, f: u"],
+        "my_coupling, my_inverse = lambda z, f: (z, z.new_zeros(len(z))), lambda u, f: u",
+        "my_coupling = lambda z, f: z"],
     ("00c_priors", 3): ["my_prior = lambda codes: StandardNormal(2)", "my_prior = lambda codes: fit_mixture(codes, 2)"],
     ("00d_vae", 1): ["collapsed = images.median(dim=0).values", "collapsed = images[0]", "collapsed = 0 * images[0]"],
     ("00d_vae", 2): [
         "tighter_bound = lambda q, z: (Normal(z, s).log_prob(x) + prior.log_prob(z) - q.log_prob(z)).mean()",
         "tighter_bound = lambda q, z: (Normal(z, s).log_prob(x) + prior.log_prob(z) - q.log_prob(z)).logsumexp(0)",
-        "tighter_bound = lambda q, z: Normal(z, s).log_prob(x).logsumexp(0) - math.log(len(z))"],
+        "tighter_bound = lambda q, z: Normal(z, s).log_prob(x).logsumexp(0) - math.log(len(z))",
+        "tighter_bound = lambda q, z: Normal(z, s).log_prob(x) + prior.log_prob(z) - q.log_prob(z)"],
     ("00d_vae", 3): ["train_vae = lambda beta: VAE(**PRESETS['shapes']['vae'], beta=beta).eval()"],
     ("00e_diffusion", 1): ["prediction = 1", "prediction = -1"],
     ("00e_diffusion", 2): [
@@ -403,6 +407,27 @@ def test_every_notebook_with_exercises_is_tested():
     assert with_exercises == set(LESSONS)
 
 
+def given_away(nb):
+    "What a reader of the exercises sees before asking for it: hints, expectations, outputs of solutions."
+    found = [f"a hint in sight: {source(cell)[:60]!r}" for cell in cells(nb, "markdown")
+             if re.search(r"\*(Hint|Expect)\*", source(cell))]
+    hidden = {"source_hidden": True, "outputs_hidden": True}
+    return found + [f"a solution in sight: {source(cell)[:60]!r}" for cell in cells(nb, "code")
+                    if directives(cell).get("code-summary", "").startswith('"Solution')
+                    and not cell["metadata"].get("jupyter", {}).items() >= hidden.items()]
+
+
+@pytest.mark.parametrize("stem", LESSONS)
+def test_no_exercise_gives_its_answer_away(stem):
+    assert not given_away(json.loads((NBS / f"{stem}.ipynb").read_text()))
+
+
+def test_the_site_folds_the_outputs_of_solutions():
+    site = yaml.safe_load((NBS / "_quarto.yml").read_text())["format"]["html"]
+    script = (NBS / site["include-after-body"]).read_text()
+    assert all(part in script for part in ("<script>", '"Solution"', "details.code-fold", ".cell-output"))
+
+
 # --- each part on a small notebook ----------------------------------------------------------------------------------
 
 SOLUTION = '#| code-fold: true\n#| code-summary: "Solution"\n'
@@ -460,6 +485,20 @@ def test_names_are_needed_where_they_are_read_before_they_are_stored(text, store
     ("a = 1\nif b:\n    a = 2", ["a = 1", "if b:\n    a = 2"]), ("train(a)\nplt.plot(a)", [])])
 def test_statements_that_define_or_change_a_name_are_kept(text, kept):
     assert sliced([text], {"a"})[0] == kept
+
+
+@pytest.mark.parametrize("jupyter", [{}, {"source_hidden": True}, {"source_hidden": True, "outputs_hidden": False}])
+def test_a_solution_in_sight_is_found(jupyter):
+    hidden = {"source_hidden": True, "outputs_hidden": True}
+    planted = lambda flags: {"cells": [code(SOLUTION + "2") | {"metadata": {"jupyter": flags}}]}
+    assert not given_away(planted(hidden))
+    assert "a solution in sight" in given_away(planted(jupyter))[0]
+
+
+@pytest.mark.parametrize("text", ["*Hint*: divide.", "Divide. *Expect* two."])
+def test_a_hint_in_sight_is_found(text):
+    assert "a hint in sight" in given_away({"cells": [md(text)]})[0]
+    assert not given_away({"cells": [md("<details><summary>Hint</summary>\n\ndivide\n\n</details>")]})
 
 
 def test_an_exercise_without_solution_is_found():

@@ -18,7 +18,7 @@ from hybridvae.metrics import (DEGRADATIONS, INCEPTION_FILE, ImageStatistics, co
                                density_coverage, describe, distance_floors, distance_scale, diversity, extract,
                                frechet_deviation, frechet_distance, high_frequency_power, inception_score,
                                kernel_distance, linear_readout, load_inception, measure, metric_name, paired,
-                               paired_family, paired_table, path_length, power_spectrum, precision_recall,
+                               paired_family, paired_line, paired_table, path_length, power_spectrum, precision_recall,
                                score_splits, slerp, texture, texture_distance)
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
@@ -369,6 +369,16 @@ def test_only_common_seeds_are_compared_and_fewer_than_three_claim_nothing():
     a, b = {0: 1.0, 1: 2.0, 2: 3.0, 7: 99.0}, {2: 3.5, 1: 2.4, 0: 1.6, 5: -99.0}
     assert paired(a, b).n == 3 and paired(a, b).difference == pytest.approx(-0.5)
     assert paired({0: 1.0, 1: 2.0}, b) is None and paired({}, b) is None
+
+
+def test_a_line_of_one_comparison_has_its_interval_and_a_bound_only_where_the_interval_holds_zero():
+    a, b, c = by_seed(1.0, 2.0, 3.5), by_seed(2.0, 3.1, 4.4), by_seed(1.4, 1.8, 3.3)
+    apart, open_ = paired(a, b), paired(a, c)
+    assert paired_line("a - b", a, b) == f"a - b: -1.00 [{apart.low:+.2f}, {apart.high:+.2f}], 3 seeds"
+    assert apart.high < 0 and open_.low < 0 < open_.high
+    assert paired_line("a - c", a, c, digits=3) == (
+        f"a - c: +0.000 [{open_.low:+.3f}, {open_.high:+.3f}], within ±{open_.bound:.3f}, 3 seeds")
+    assert paired_line("few", {0: 1.0, 1: 2.0}, b) == "few: fewer than three common seeds, no claim"
 
 
 def test_differences_without_spread_need_no_t():

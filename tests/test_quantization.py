@@ -149,6 +149,28 @@ def test_what_stays_in_float(ddpm):
 
 
 @torch.no_grad()
+def test_parts_that_are_kept_stay_in_float_also_in_a_file(ddpm, tmp_path):
+    ranges = activation_ranges(ddpm, n=2, steps=3)
+    last = [name for name in quantizable(ddpm) if name.startswith("unet.up.1.")]
+    twin = quantize(ddpm, ranges, keep=("up.1",))
+    back = load_model(save_model(twin, tmp_path / "kept.safetensors"))
+    assert last and quantizable(ddpm, ("up.1",)).keys() == quantizable(ddpm).keys() - set(last)
+    for name in last:
+        assert torch.equal(twin.get_submodule(name).weight, ddpm.get_submodule(name).weight)
+        assert type(back.get_submodule(name)) is type(ddpm.get_submodule(name))
+    assert back.config == twin.config and back.config["keep"] == ["up.1"]
+    assert "keep" not in quantize(ddpm, ranges).config
+    x, t = torch.randn(4, 3, 16, 16, generator=generator()), torch.full((4,), 500)
+    change = lambda other: (other.unet(x, t) - ddpm.unet(x, t)).square().mean().item()
+    everything = [name.removeprefix("unet.") for name in quantizable(ddpm)]
+    assert 0 < change(quantize(ddpm, ranges, keep=everything[1:])) < change(twin)
+    with complains("nothing is left"):
+        quantize(ddpm, ranges, keep=everything)
+    with complains("no part 'up.9'", "middle.0", "up.1"):
+        quantize(ddpm, ranges, keep=("up.1", "up.9"))
+
+
+@torch.no_grad()
 def test_ranges_of_one_timestep_clip_the_others(ddpm):
     "The same U-Net calls, with ranges over all timesteps and of the last one only, where inputs were made small."
     ranges = activation_ranges(ddpm, n=4, steps=4)
@@ -301,6 +323,11 @@ def test_the_command_measures_every_variant_beside_what_the_file_holds(tmp_path,
     few = run(*words, "--dataset", "shapes", "--json", file, "--variant", "int8")
     assert few.exit_code == 0, few.output
     assert [r["variant"] for r in json.loads(file.read_text())[str(words[2])]["rows"]] == ["fp32", "int8"]
+    kept = run(*words, "--dataset", "shapes", "--json", file, "--variant", "int8", "--keep", "middle.0")
+    assert kept.exit_code == 0, kept.output
+    both = json.loads(file.read_text())
+    one, other = (both[str(words[2]) + beside]["rows"] for beside in ("", ", middle.0 in float"))
+    assert one[0]["metrics"] == other[0]["metrics"] and one[1]["rms_levels"] != other[1]["rms_levels"]
 
 
 @pytest.mark.parametrize("words, sentence", [

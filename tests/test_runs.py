@@ -31,6 +31,7 @@ from hybridvae.records import (
     evaluation_of,
     floor_of,
     mean_and_spread,
+    no_record,
     outdated,
     recorded,
     results_table,
@@ -794,6 +795,14 @@ def test_values_come_by_seed_of_the_main_evaluation_or_of_the_one_asked_for():
 def test_the_answers_of_a_study_come_by_seed():
     records = [a_record(seed=1) | {"noise": {"n": 3}}, a_record(seed=0), a_record("b") | {"noise": {"n": 4}}]
     assert answers_of(records, "a", "noise") == {1: {"n": 3}}
+
+
+def test_what_has_no_record_is_one_sentence_however_many_data_sets():
+    assert no_record("cifar10").data == (
+        "**There is no record on cifar10 yet.** `hybridvae campaign --dataset cifar10` makes them.")
+    assert no_record("cifar10", "celeba64").data == (
+        "**There is no record on cifar10, celeba64 yet.** `hybridvae campaign --dataset NAME` makes them.")
+    assert no_record().data == ""
 
 
 def test_a_record_without_todays_metrics_is_outdated():

@@ -136,15 +136,25 @@ def outputs(path, nb):
     return faults + ["a stored progress bar" for _ in bars]
 
 
+def png_size(output):
+    "Width and height in pixels of an output's PNG, (0, 0) where it has none."
+    png = base64.b64decode("".join(output.get("data", {}).get("image/png", "")))
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+def thin_strips(path, nb):
+    "A single row of many images, which a phone, 350 pixels wide, would show as a strip of hardly 50."
+    shown = [(c, png_size(o)) for c in cells(nb, "code") if "show_images(" in source(c) for o in c["outputs"]]
+    return [f"a strip of {width} x {height} pixels: give fewer columns in {source(c)[:60]!r}"
+            for c, (width, height) in shown if 350 * height < 60 * width]
+
+
 def wide_charts(path, nb):
     "A chart that a phone would shrink to less than half: `styles.css` lets it be scrolled. Grids have larger letters."
-    def width(output):
-        png = output.get("data", {}).get("image/png", "")
-        return int.from_bytes(base64.b64decode("".join(png))[16:20], "big")
     return [f"a chart of {max(widths)} pixels: write '#| classes: wide' above {source(c)[:60]!r}"
             for c in cells(nb, "code") if "wide" not in directives(c).get("classes", "")
             and not re.search(r"show_(images|pairs)\(", source(c))
-            and max(widths := [0, *map(width, c["outputs"])]) > 700]
+            and max(widths := [0, *(png_size(output)[0] for output in c["outputs"])]) > 700]
 
 
 def size(path, nb):
@@ -188,7 +198,7 @@ def module(path, nb):
 
 
 CHECKS = [title_cell, links, citations, crossrefs, outputs, size, machine_paths, imports_alone, short_cells, module,
-          wide_charts]
+          wide_charts, thin_strips]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -359,7 +369,8 @@ def test_checks_accept_a_good_notebook(check, nbs):
     assert check(nbs / "00_core.ipynb", {"cells": GOOD}) == []
 
 
-PNG_OF_800 = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (800).to_bytes(4, "big") + bytes(9)).decode()
+PNG_OF_800 = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (800).to_bytes(4, "big")
+                              + (100).to_bytes(4, "big") + bytes(5)).decode()
 FAULTS = [
     (title_cell, [], "first cell"),
     (title_cell, [md("## Core")], "opens with"),
@@ -380,6 +391,7 @@ FAULTS = [
     (outputs, [code("x", output_type="display_data", data={"application/vnd.jupyter.widget-view+json": {}})], "widget"),
     (outputs, [code("x", output_type="stream", text=[" 50%|####   | 5/10 [00:01<00:01,  4.9it/s]"])], "progress bar"),
     (wide_charts, [code("plot()", output_type="display_data", data={"image/png": PNG_OF_800})], "800 pixels"),
+    (thin_strips, [code("show_images(x)", output_type="display_data", data={"image/png": PNG_OF_800})], "800 x 100"),
     (size, [code("x", output_type="display_data", data={"image/png": "A" * MAX_BYTES})], "bytes"),
     (machine_paths, [code("open('/home/me/data.npy')")], "/home/me/data.npy"),
     (machine_paths, [code("x", output_type="stream", text=["saved ", "to /tmp/run\n"])], "/tmp/run"),

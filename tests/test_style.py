@@ -86,7 +86,18 @@ def rows_with_names(path, nb):
             if re.search(r";| \| |\brows:|\bcolumns:", title)]
 
 
-CHECKS = [bounded_cells, short_lines, folded_imports, words, rows_with_names]
+def stray_lists(path, nb):
+    "A line of a paragraph that begins like a list is shown as one: `variance` and, on the next line, `1. The model`."
+    faults = []
+    for cell in cells(nb, "markdown"):
+        text = re.sub(r"^(```|\$\$).*?\1", "", source(cell), flags=re.M | re.S)
+        lines = text.splitlines()
+        faults += [f"a line that begins like a list: {line[:60]!r}" for before, line in zip(lines, lines[1:])
+                   if re.match(r"(1[.)]|[-+*]) ", line) and not re.match(r"$|\s*(\d+[.)]|[-+*]) |\||#|  ", before)]
+    return faults
+
+
+CHECKS = [bounded_cells, short_lines, folded_imports, words, rows_with_names, stray_lists]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -115,6 +126,7 @@ def test_lines_of_code_are_short(path):
 
 LESSON, REFERENCE = Path("01_lesson.ipynb"), Path("90_reference.ipynb")
 GOOD = [
+    md("Two things:\n\n- one\n- two\n  lines\n- three\n\n1. a\n2. b\n\n$$x\n- y$$ {#eq-a}\n\n```\n# c\n- d\n```"),
     md("The coarse image x̂ and its uncertainty; a planet, `torch.eye`.\n[a](https://" + "x" * LINE + ")"),
     code("#| export\n#| code-fold: true\nimport math\n# the package\nfrom pathlib import Path"),
     code('answers["trusted"], answers[\'doubted\'], torch.eye(3)'),
@@ -137,6 +149,8 @@ FAULTS = [
     (short_lines, LESSON, code("#| fig-cap: " + "x" * LINE), "132 characters"),
     (folded_imports, LESSON, code("import math"), "import math"),
     (folded_imports, LESSON, code("#| export\nfrom math import pi"), "from math import pi"),
+    (stray_lists, LESSON, md("with variance\n1. The same"), "1. The same"),
+    (stray_lists, LESSON, md("the bound\n- log p"), "- log p"),
     (words, LESSON, md("The VAE's Plan"), "'Plan'"),
     (words, LESSON, md("two plans"), "coarse image"),
     (words, LESSON, md("x̂ is trusted"), "conditioning strength"),
