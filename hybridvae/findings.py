@@ -577,21 +577,27 @@ def _json(name: str) -> dict:
     return read_json(path) if path.exists() else {}
 
 
+def _changes_of(rows: dict[str, dict]) -> str:
+    "By how much both distances change from fp32 to int8, with intervals where they were recorded."
+    before, after, within = rows["fp32"]["metrics"], rows["int8"]["metrics"], rows["int8"].get("changes", {})
+    kinds = [name for name in before if name.partition(" (")[0] in ("FD", "texture distance") and " to " not in name]
+    return " and ".join(f"{100 * (after[name] / before[name] - 1):+.1f} %" +
+                        (f" [{100 * within[name][0]:+.1f}, {100 * within[name][1]:+.1f}]" if name in within else "") +
+                        f" in {name}" for name in kinds)
+
+
 @claim("int8", "What do weights and activations in int8 cost?", "quantised weights")
 def int8(records: list[dict], dataset: str) -> tuple[str, int] | None:
-    "Change of both distances after quantisation, of the shipped weights."
-    own = next((r for r in _json("quantization.json").values() if r["dataset"] == dataset), None)
-    rows = {row["variant"]: row for row in own["rows"]} if own else {}
-    if not {"fp32", "int8"} <= rows.keys():
+    "Change of both distances after quantisation, of the shipped weights; also with parts kept in float."
+    tables = {name.partition(", ")[2]: {row["variant"]: row for row in own["rows"]}
+              for name, own in _json("quantization.json").items() if own["dataset"] == dataset}
+    tables = {kept: rows for kept, rows in tables.items() if {"fp32", "int8"} <= rows.keys()}
+    if not tables:
         return None
-    before, after = rows["fp32"]["metrics"], rows["int8"]["metrics"]
-    kinds = [name for name in before if name.partition(" (")[0] in ("FD", "texture distance") and " to " not in name]
-    within = rows["int8"].get("changes", {})
-    shown = " and ".join(f"{100 * (after[name] / before[name] - 1):+.1f} %" +
-                         (f" [{100 * within[name][0]:+.1f}, {100 * within[name][1]:+.1f}]" if name in within else "") +
-                         f" in {name}" for name in kinds)
-    over = "; intervals over pairs of images" if within else ""
-    return f"{shown}, n = {rows['int8']['n']:,}, one set of weights, not a claim{over}.", 1
+    shown = "; ".join((f"with {kept} " if kept else "") + _changes_of(rows) for kept, rows in sorted(tables.items()))
+    first = tables[min(tables)]["int8"]
+    over = "; intervals over pairs of images" if "changes" in first else ""
+    return f"{shown}, n = {first['n']:,}, one set of weights, not a claim{over}.", 1
 
 
 @claim("int8 speed", "Is int8 faster?", "timings of a U-Net in int8")

@@ -519,7 +519,7 @@ def at_real_size(e):
     return pytest.param(e, id=f"{e.dataset} {e.experiment}", marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize("e", map(at_real_size, FIRST))
+@pytest.mark.parametrize("e", [*map(at_real_size, FIRST)])
 def test_every_model_builds_learns_and_samples_at_its_real_size(e):
     torch.manual_seed(0)
     model = build_model(e.model).to(memory_format=torch.channels_last).train()

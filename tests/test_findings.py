@@ -243,3 +243,15 @@ def test_numbers_have_about_three_figures(value, want):
 
 def test_a_gap_of_a_negative_reference_keeps_its_sign():
     assert str(Gap("KID (x)", 0.5, -1.0, 1.0, 2.0, 1)).startswith("+150 % [+100, +200]")
+
+
+def test_what_int8_costs_names_the_parts_that_stayed_in_float(monkeypatch):
+    rows = lambda fd: [{"variant": name, "n": 1_000, "metrics": {"FD (x)": value, "texture distance": 1.0}}
+                       for name, value in (("fp32", 2.0), ("int8", fd))]
+    table = {"w, up.7 in float": {"dataset": "scenes", "rows": rows(2.02)},
+             "w": {"dataset": "scenes", "rows": rows(2.2)}, "other": {"dataset": "shapes", "rows": rows(3.0)}}
+    monkeypatch.setattr(f, "_json", lambda name: table)
+    said = f.int8([], "scenes")[0]
+    assert said.startswith("+10.0 % in FD (x)") and "with up.7 in float +1.0 % in FD (x)" in said and "50" not in said
+    del table["w, up.7 in float"]
+    assert "in float" not in f.int8([], "scenes")[0] and f.int8([], "cifar10") is None
