@@ -38,9 +38,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .core import (Draws, HybridVAEError, Model, build_model, change_json, config_hash, count_flops,
-                            default_device, derive_seed, image_draws, load, package_folder, provenance, to_uint8,
-                            weights_hash)
+from .core import (Draws, HybridVAEError, Model, build_model, change_json, channels_last, config_hash,
+                            count_flops, default_device, derive_seed, image_draws, load, package_folder, provenance,
+                            to_uint8, weights_hash)
 from .data import Batches, ImageData, load_data
 from .diffusion import GaussianDiffusion
 from .features import load_features
@@ -163,7 +163,7 @@ class Variant:
 
 def our_variant(shape: dict, device: torch.device, compiled: bool = False) -> Variant:
     "Our U-Net of this shape, channels last as in `train`."
-    model = DDPM(shape).to(device).to(memory_format=torch.channels_last)
+    model = channels_last(DDPM(shape).to(device))
     if compiled:
         compile_networks(model)
     return Variant("hybridvae", "compiled" if compiled else "eager", model.unet, torch.channels_last)
@@ -778,7 +778,7 @@ def _untrained(entry: Entry, models: dict[str, Model], device: torch.device) -> 
     key = config_hash(entry.model)
     if key not in models:
         torch.manual_seed(derive_seed("init", entry.seed))
-        models[key] = build_model(entry.model).to(device).to(memory_format=torch.channels_last).eval()
+        models[key] = channels_last(build_model(entry.model).to(device)).eval()
     return models[key]
 
 # %% ../nbs/89_bench.ipynb #cell-069
@@ -843,9 +843,9 @@ def pt2e_network(network: nn.Module, inputs: Sequence[tuple]) -> nn.Module:
 # %% ../nbs/89_bench.ipynb #6fca6edc
 def int8_calls(model: Model, batch: int, compiled: bool = True) -> dict[str, Callable[[], torch.Tensor]]:
     "Functions that call a model's U-Net once, by name: in fp32, bf16, int8, int8 with the rest in bf16, and PT2E's."
-    model = model.eval().to(memory_format=torch.channels_last)
+    model = channels_last(model.eval())
     plain = _Network(cast(nn.Module, model.unet))
-    twin = _Network(cast(nn.Module, quantize(model, n=batch).to(memory_format=torch.channels_last).unet))
+    twin = _Network(cast(nn.Module, channels_last(quantize(model, n=batch)).unet))
     inputs, calls = unet_inputs(plain.unet, batch), {}
 
     def call(network: nn.Module, half: bool, freeze: bool = False) -> Callable[[], torch.Tensor]:

@@ -1005,7 +1005,7 @@ def _stop(number: int, frame) -> None:
 
 
 @contextlib.contextmanager
-def _one_voice():
+def _first_prints():
     "Of several processes that share a run only the first prints: all would print the same."
     if os.environ.get("RANK", "0") == "0":
         yield
@@ -1035,7 +1035,7 @@ def main():
     heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _stop) for number in heard}
     try:
-        with _one_voice():
+        with _first_prints():
             app()
     except _Stopped as stopped:
         print(f"hybridvae: stopped by {stopped.signal.name}: nothing is left half-written, so run the same command "

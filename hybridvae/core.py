@@ -6,11 +6,11 @@
 __all__ = ['Source', 'MODELS', 'SIZES', 'RECORD_KEYS', 'INT8_SUFFIX', 'INT4', 'INT4_SUFFIX', 'GROUP', 'INT4_LEAST',
            'HybridVAEError', 'reason', 'user_path', 'env_path', 'atomic_path', 'InUse', 'sole_use', 'derive_seed',
            'Draws', 'image_draws', 'randn', 'rand', 'choose', 'Recorded', 'Model', 'UnknownModel', 'model_class',
-           'build_model', 'count_parameters', 'count_flops', 'to_float', 'to_uint8', 'image_grid', 'show_images',
-           'as_jpeg', 'save_grid', 'config_hash', 'weights_hash', 'file_hash', 'package_folder', 'project_root',
-           'weights_folder', 'default_device', 'device_name', 'provenance', 'record_path', 'write_record', 'sealed',
-           'write_json', 'change_json', 'read_json', 'load_record', 'load_records', 'save_model', 'int8_weight',
-           'load_model', 'load_trained', 'load', 'budget', 'exercise']
+           'build_model', 'channels_last', 'count_parameters', 'count_flops', 'to_float', 'to_uint8', 'image_grid',
+           'show_images', 'as_jpeg', 'save_grid', 'config_hash', 'weights_hash', 'file_hash', 'package_folder',
+           'project_root', 'weights_folder', 'default_device', 'device_name', 'provenance', 'record_path',
+           'write_record', 'sealed', 'write_json', 'change_json', 'read_json', 'load_record', 'load_records',
+           'save_model', 'int8_weight', 'load_model', 'load_trained', 'load', 'budget', 'exercise']
 
 # %% ../nbs/00a_core.ipynb #cell-002
 #| code-fold: true
@@ -31,6 +31,7 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -356,6 +357,15 @@ def build_model(config: dict) -> Model:
                              "compare it with the class's arguments.") from error
 
 # %% ../nbs/00a_core.ipynb #cell-016
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def channels_last(network: _Network) -> _Network:
+    "The network, its weights in the order of memory in which convolutions are fastest; in place."
+    cast(Any, network).to(memory_format=torch.channels_last)  # not among the declared types of every release
+    return network
+
+
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     "Number of parameters; only those that are trained if `trainable`."
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

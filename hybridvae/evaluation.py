@@ -99,7 +99,7 @@ def palette() -> dict[str, tuple]:
 # %% ../nbs/06_evaluation.ipynb #61b47c20
 UNIFORM_BITS = 8  # per dimension, of uniform noise: an upper bound above it says nothing, and is not shown
 POWER = "high-frequency power"
-QUALITY = ("FD", "texture distance", "high-frequency power", "class score", "precision", "recall", "coverage",
+QUALITY = ("FD", "texture distance", POWER, "class score", "precision", "recall", "coverage",
            "diversity", "confidence")  # kinds of metrics, see `metric_name`
 
 
@@ -313,7 +313,7 @@ def joint_differences(records: list[dict]) -> dict[str, Difference]:
     found = {}
     for joint, control in JOINT_PAIRS:
         for prior, options in (("a fitted mixture", {"prior": "ex-pde"}), ("N(0, I)", {"prior": None})):
-            for kind in ("FD", "texture distance", "high-frequency power"):
+            for kind in ("FD", "texture distance", POWER):
                 gap = difference(records, (joint, options), (control, options), kind)
                 if gap is not None:
                     found[f"{label(joint)} less {label(control)}; {prior}; {kind}"] = gap

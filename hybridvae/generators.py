@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from .campaign import load_stages
-from .core import (Draws, HybridVAEError, Model, default_device, device_name, image_draws, load_model,
-                            provenance, to_float, to_uint8, weights_hash)
+from .core import (Draws, HybridVAEError, Model, channels_last, default_device, device_name, image_draws,
+                            load_model, provenance, to_float, to_uint8, weights_hash)
 from .data import ImageData, load_data
 from .features import (FEATURE_DATASETS, FEATURE_WEIGHTS, is_feature_network, load_features, shipped_features,
                                 weights_folder)
@@ -46,7 +46,7 @@ def load_generator(weights: str, cpu: bool = False):
     if not hasattr(model, "sample"):
         raise HybridVAEError(f"{weights} holds a {type(model).__name__}, which draws no images: give the weights of a "
                              "generator.")
-    return model.to(default_device(cpu)).to(memory_format=torch.channels_last)
+    return channels_last(model.to(default_device(cpu)))
 
 
 def _weights_path(weights: str) -> Path:

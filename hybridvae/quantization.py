@@ -410,7 +410,8 @@ def distances_after(
     features: nn.Module,  # network that measures
     test: ImageData,  # held-out images
     n: int = 1_000,  # images of each variant, the same noise for all
-    seed: int = 0, batch: int = 100,  # of the noise; images at a time
+    seed: int = 0,  # of the noise
+    batch: int = 100,  # images at a time
     names: tuple = (),  # of `VARIANTS`; all unless given; the float model comes first in any case
     draws: int = 200,  # as in `changes`
     keep: Sequence[str] = (),  # as in `quantize`
@@ -424,8 +425,8 @@ def distances_after(
     for name in checked_variants(names):
         images = first if name == "fp32" else _drawn(variants[name], n, seed, batch, half=name == "bf16")
         after = describe(features, images)
-        apart = (images.float() - first.float()).square().mean().sqrt().item()
-        rows.append({"variant": name, "n": n, "seed": seed, "rms_levels": apart, "metrics": _values(after, real),
+        rows.append({"variant": name, "n": n, "seed": seed, "metrics": _values(after, real),
+                     "rms_levels": (images.float() - first.float()).square().mean().sqrt().item(),
                      "changes": {} if name == "fp32" else changes(before, after, real, draws)})
     return rows
 

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .core import (Draws, Model, Source, atomic_path, build_model, config_hash, count_flops, count_parameters,
-                            default_device, derive_seed, device_name, image_draws, load_model, load_trained, provenance,
-                            read_json, record_path, save_grid, save_model, sealed, sole_use, to_uint8, weights_hash,
-                            write_json, write_record, HybridVAEError)
+from .core import (Draws, Model, Source, atomic_path, build_model, channels_last, config_hash, count_flops,
+                            count_parameters, default_device, derive_seed, device_name, image_draws, load_model,
+                            load_trained, provenance, read_json, record_path, save_grid, save_model, sealed, sole_use,
+                            to_uint8, weights_hash, write_json, write_record, HybridVAEError)
 from .data import CELEBA_IMAGES, Batches, ImageData, data_root, load_data, read_array, read_npz
 from .entries import Entry, find_entry, options_of, studied_with
 from .features import (FEATURE_WEIGHTS, FeatureModel, is_feature_network, load_features, shipped_features,
@@ -587,7 +587,7 @@ class _Job(_Recording):
         "Everything from the config to the record."
         model, trained = self.train(entry)
         device = default_device(self.cpu)
-        model.to(device).to(memory_format=torch.channels_last).eval()
+        channels_last(model.to(device)).eval()
         networks = self.measuring(entry, device)
         references = [_statistics(_Reference(_key(entry), weights_hash(network), network)) for network in networks]
         done = _Progress(entry, self.runs, weights_hash(model), self.processes.rank == 0)
@@ -612,7 +612,7 @@ def add_metrics(
         model = load_model(folder / "model.safetensors")
         if weights_hash(model) != record["weights_hash"]:
             raise HybridVAEError(f"the weights in {folder} are not those of its record: train the entry again there.")
-        model.to(default_device(cpu)).to(memory_format=torch.channels_last).eval()
+        channels_last(model.to(default_device(cpu))).eval()
         main, *others = record["evaluations"]
         reference = _statistics(_Reference(_key(entry), weights_hash(network), network))
         options = model.sampling_options(options_of(main), _images(*_key(entry))[0], entry.seed)

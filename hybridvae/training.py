@@ -38,8 +38,8 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .core import (Draws, HybridVAEError, Model, atomic_path, config_hash, count_flops, count_parameters,
-                            derive_seed, file_hash, read_json, reason, save_model, sealed, sole_use)
+from .core import (Draws, HybridVAEError, Model, atomic_path, channels_last, config_hash, count_flops,
+                            count_parameters, derive_seed, file_hash, read_json, reason, save_model, sealed, sole_use)
 from .data import Batches, ImageData
 
 # %% ../nbs/00g_training.ipynb #7ec4a001
@@ -605,7 +605,7 @@ class _Loop:
         with _own_settings():
             self.accelerator = Accelerator(cpu=cpu, mixed_precision="no")
         self.model, self.config, self.seed, self.device = model, config, seed, self.accelerator.device
-        model.to(self.device).to(memory_format=torch.channels_last)
+        channels_last(model.to(self.device))
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes are fixed: let it choose the fastest convolutions once
         self.optimizer, self.average = adamw(model, config.lr, config.weight_decay), Average(model)
@@ -766,7 +766,7 @@ def training_step(
     config: TrainConfig,  # its precision, weight decay and clipping count
 ) -> Callable[[], None]:
     "A function that takes one training step on `x`, at a learning rate of 1e-6 and with noise of seed 0."
-    model.train().to(memory_format=torch.channels_last)
+    channels_last(model.train())
     x, steps = x.contiguous(memory_format=torch.channels_last), itertools.count()
     optimizer = adamw(model, 1e-6, config.weight_decay)
 

@@ -227,6 +227,15 @@ def equal_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_network_is_laid_out_channels_last_and_stays_the_same_network():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.SiLU())
+    before, x = network[0].weight.clone(), torch.randn(1, 3, 8, 8)
+    expected = network(x)
+    assert core.channels_last(network) is network and torch.equal(network[0].weight, before)
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(x), expected)
+
+
 def test_a_model_comes_back_from_its_weights_file(vae, tmp_path):
     back = load_model(save_model(vae, tmp_path / "deep" / "vae.safetensors"))
     assert type(back) is VAE and back.config == vae.config and not back.training and equal_weights(back, vae)

@@ -208,9 +208,9 @@ def test_a_row_beside_the_replication_has_one_size(monkeypatch):
 def test_no_two_comparisons_are_the_same_test():
     "On any data set: the same values twice would make the correction for all of them too strict."
     for dataset in DATASETS:
-        seen = {}
+        seen, records = {}, all_records(dataset)
         for c in COMPARISONS:
-            found = f._measured(all_records(dataset), c, "FD")
+            found = f._measured(records, c, "FD")
             if found:
                 values = json.dumps([[m["value"] for m in entries.values()] for entries in found[1:3]])
                 assert seen.setdefault(values, c.key) == c.key, (dataset, c.key, seen[values])
