@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Scope', 'FIRST', 'EVERY', 'PHOTOGRAPHS', 'THREE', 'ONE', 'ALL', 'SHAPES', 'ONCE', 'SCENES', 'SCENES_THREE',
-           'SCENES_ONE', 'CPU', 'CPU_ONE', 'FULL', 'ONE_SHOT', 'MAIN', 'FEW', 'USUAL', 'EX_PDE', 'ANCESTRAL', 'CURVE',
-           'VAE_EVALUATIONS', 'PLAIN_EVALUATIONS', 'HYBRID_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT',
+           'SCENES_ONE', 'CPU', 'CPU_ONE', 'CPU_256', 'FULL', 'ONE_SHOT', 'MAIN', 'FEW', 'USUAL', 'EX_PDE', 'ANCESTRAL',
+           'CURVE', 'VAE_EVALUATIONS', 'PLAIN_EVALUATIONS', 'HYBRID_EVALUATIONS', 'DIFFUSEVAE', 'TRIALS', 'JOINT',
            'ADAPTIVE_EVALUATIONS', 'ADAPTIVE', 'LATENT', 'PCA', 'DISTILL', 'TABLES', 'SHIPPED', 'Row', 'filled',
            'inherited', 'in_place', 'entry_of', 'entries_of']
 
@@ -93,12 +93,12 @@ PRESETS |= {
     },
     "celeba256": {
         "features": {"model": "FaceEncoder", "name": "faces-256", "image_size": 256,
-                     "channels": [32, 64, 96, 128, 128], "stride": 4},
+                     "channels": [24, 48, 64, 96], "stride": 4},
         # σ = 0.8 weighs 16 times as many pixels against the KL as σ = 0.2 those of 64 x 64
         "vae": {"image_size": 256, "z_dim": 128, "width": 32, "multipliers": [1, 2, 4, 4, 8], "patch": 4, "sigma": 0.8},
         "unet": {"image_size": 256, **_ABLATION, "patch": 4},
         "diffusion": _X0,
-        "train_features": {"kimg": 500, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.05, "ema_kimg": 0},
+        "train_features": {"kimg": 100, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.05, "ema_kimg": 0},
         "train_vae": {"kimg": 200, "batch_size": 64, "lr": 1e-3, "flip": True},
         "train": {"kimg": 200, "batch_size": 32, "lr": 8e-4, "flip": True},
         **_PHOTOGRAPHS, "n": 2_000, "n_curve": 1_000, "batch": 125, "parameters": 9e6,
@@ -114,6 +114,14 @@ PRESETS |= {
     "cifar10-cpu": {
         "vae": {"image_size": 32, "z_dim": 128, "width": 48, "multipliers": [1, 2, 4], "patch": 2, "sigma": 0.2},
         "unet": {"image_size": 32, **_SMALL, "patch": 2}, **_CPU, "n": 10_000, "batch": 500,
+    },
+    "celeba256-cpu": {  # as many operations for an image as in the small models of 64 x 64 pixels, about
+        "vae": {"image_size": 256, "z_dim": 128, "width": 32, "multipliers": [1, 2, 4, 4], "patch": 8, "sigma": 0.8},
+        "unet": {"image_size": 256, "width": 48, "multipliers": [1, 2, 2], "attention": [8], "middle": True,
+                 "patch": 8},
+        "diffusion": _X0, **_PHOTOGRAPHS, "n": 1_000, "n_curve": 1_000, "batch": 125, "parameters": 2.8e6,
+        "train_vae": {"kimg": 80, "batch_size": 32, "lr": 1e-3, "flip": True},
+        "train": {"kimg": 60, "batch_size": 16, "lr": 1e-3, "flip": True},
     },
     "cifar10-full": {
         "vae": {"image_size": 32, "multipliers": [1, 2, 4], **_PAPER_VAE},
@@ -201,6 +209,7 @@ ONCE = {"shapes": 1}
 SCENES, SCENES_THREE, SCENES_ONE = {"scenes": 5}, {"scenes": 3}, {"scenes": 1}
 CPU = {"celeba64-cpu": 3, "cifar10-cpu": 3}
 CPU_ONE = {"celeba64-cpu": 1, "cifar10-cpu": 1}
+CPU_256 = {"celeba256-cpu": 1}
 FULL = {"cifar10-full": 1, "celeba64-full": 1}
 
 # %% ../nbs/80_experiments.ipynb #0684c6f4
@@ -267,12 +276,15 @@ DIFFUSEVAE += (  # what `hybridvae report` trains: minutes of two cores
 _TRIED = {"celeba64-cpu": 1}
 _SMALL_PARTS = {"vae": {"width": 32}, "unet": {"width": 48, "patch": 2}}  # what the trials below led to
 _PAPER_SIZE = Row("", on=FULL, evaluate=(MAIN, ANCESTRAL))
+_CPU_STUDIES = {"condition_agreement": EVERY, "prior_gap": CPU, "robustness": CPU_ONE, "path_length": CPU_ONE,
+                "likelihood": CPU}  # of 256 x 256 pixels only the first: each of the others takes many samples
 
 DIFFUSEVAE += (
-    Row("vae-cpu", "vae", on=CPU),
-    Row("diffusevae-form1-z-cpu", "diffusevae-form1-z", on=CPU, needs={"vae": "vae-cpu"}, ancestral=CPU_ONE),
+    Row("vae-cpu", "vae", on=CPU | CPU_256),
+    Row("diffusevae-form1-z-cpu", "diffusevae-form1-z", on=CPU | CPU_256, needs={"vae": "vae-cpu"}, curve=CPU_ONE,
+        ancestral=CPU_ONE, studies=_CPU_STUDIES),
     Row("ddpm-cpu", "ddpm", on=CPU),
-    Row("diffusevae-form1-cpu", "diffusevae-form1", on=CPU, needs={"vae": "vae-cpu"}),
+    Row("diffusevae-form1-cpu", "diffusevae-form1", on=CPU | CPU_256, needs={"vae": "vae-cpu"}, studies=_CPU_STUDIES),
     Row("diffusevae-form2-cpu", "diffusevae-form2", on=CPU, needs={"vae": "vae-cpu"}, late=True),
     Row("diffusevae-form2-z-cpu", "diffusevae-form2-z", on=CPU, needs={"vae": "vae-cpu"}, late=True),
     Row("diffusevae-form2-noconcat-cpu", "diffusevae-form2-noconcat", on=CPU, needs={"vae": "vae-cpu"}, late=True),
@@ -730,4 +742,4 @@ def entries_of(dataset: str | None = None, stage: str | None = None) -> list[Ent
 # %% ../nbs/80_experiments.ipynb #8bf57c38
 def _wave(row: Row, name: str, seed: int) -> int:
     "Which of the four passes over the tables an entry is in."
-    return 3 if name == "celeba256" else 2 if row.late else min(seed, 1)
+    return 3 if name.startswith("celeba256") else 2 if row.late else min(seed, 1)
