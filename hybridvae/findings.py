@@ -9,8 +9,8 @@ __all__ = ['DIGITS', 'MANY', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE', 'NORMAL
            'trained', 'nothing', 'Comparison', 'of_one_size', 'with_refiner', 'evaluations_of', 'metric_of',
            'gap_between', 'compared', 'claim', 'nearest', 'detail', 'order', 'ratio', 'replication_order',
            'sampling_time', 'latent_time', 'agreement', 'uncertainty', 'likelihood', 'noise', 'int8', 'int8_speed',
-           'faces', 'findings', 'findings_table', 'common_size', 'replication_table', 'provenance_table',
-           'pairs_record', 'show_pairs', 'pictured', 'first_page', 'show_gaps']
+           'faces', 'findings', 'findings_table', 'lines_of', 'comparisons_table', 'common_size', 'replication_table',
+           'provenance_table', 'pairs_record', 'show_pairs', 'pictured', 'first_page', 'show_gaps']
 
 # %% ../nbs/90e_findings.ipynb #f1d00003
 #| code-fold: true
@@ -68,19 +68,21 @@ class Gap:
             return "too few trainings"
         return "not told apart" if not self.p < 0.05 else "lower" if self.a < self.b else "higher"
 
-    def __str__(self) -> str:
-        share = lambda value: f"{100 * value / abs(self.b):+.0f}"
-        times = lambda value: number(1 + value / self.b)
+    @property
+    def change(self) -> str:
+        "The change with its interval: -52 % [-59, -45]; of a large one the ratio: 142 times [134, 150]."
         many = abs(self.a - self.b) > MANY * abs(self.b)
-        shown = times if many else share
+        shown = (lambda v: number(1 + v / self.b)) if many else (lambda v: f"{100 * v / abs(self.b):+.0f}")
         interval = "" if math.isnan(self.low) else f" [{shown(self.low)}, {shown(self.high)}]"
+        return f"{shown(self.a - self.b)} {'times' if many else '%'}{interval}"
+
+    def __str__(self) -> str:
         real = "; real images 1" if self.metric == "high-frequency power" else ""
         told = "" if self.seeds < 3 else f", {self.verdict}"
         if told.endswith("apart"):
             told += f" (within ± {number(self.bound)})"
         values = f"{number(self.a)} against {number(self.b)}{real}"
-        unit = f" times{interval} the" if many else f" %{interval} in"
-        return f"{shown(self.a - self.b)}{unit} {self.metric} ({values}){told}"
+        return f"{self.change} {'the' if ' times' in self.change else 'in'} {self.metric} ({values}){told}"
 
 # %% ../nbs/90e_findings.ipynb #f1d00009
 NO_RECORD = "no record yet"
@@ -96,6 +98,7 @@ class Finding:
     sentence: str  # the number first
     trainings: int = 0  # of each model; 0: there is no record
     gaps: dict[str, Gap] = dataclasses.field(default_factory=dict)  # by kind of metric, of comparisons
+    models: str = ""  # of a comparison: which two, and n
 
     @property
     def found(self) -> bool:
@@ -349,9 +352,10 @@ def compared(records: list[dict], dataset: str) -> dict[str, Finding]:
         gaps = {kind: _gap(*entries[:3], results, f"{c.key}, {kind}") for kind, entries in own.items()}
         seeds, n = min(g.seeds for g in gaps.values()), next(iter(own.values()))[3]
         over = "; intervals over images" if seeds < 3 and not all(math.isnan(g.low) for g in gaps.values()) else ""
-        sentence = f"{'; '.join(map(str, gaps.values()))}: “{one}” less “{two}”, n = {n:,}, {trained(seeds)}{over}"
-        sentence += f"; {c.note}." if c.note else "."
-        findings[c.key] = Finding(c.key, c.question, dataset, sentence, seeds, gaps)
+        models = f"“{one}” less “{two}”, n = {n:,}"
+        note = f"; {c.note}" if c.note else ""
+        sentence = f"{'; '.join(map(str, gaps.values()))}: {models}, {trained(seeds)}{over}{note}."
+        findings[c.key] = Finding(c.key, c.question, dataset, sentence, seeds, gaps, models + note)
     return findings
 
 # %% ../nbs/90e_findings.ipynb #f1d00013
@@ -635,6 +639,34 @@ def findings_table(dataset: str) -> "pandas.DataFrame":
 
     rows = [(f.question, f.sentence, f.trainings) for f in findings(dataset).values() if f.found]
     return pd.DataFrame(rows, columns=["question", "found", "trainings"])
+
+# %% ../nbs/90e_findings.ipynb #5c12b27a
+def lines_of(gap: Gap | None) -> str:
+    "A gap in two or three lines, for a table: verdict where three trainings give one, change, values."
+    if gap is None:
+        return ""
+    told = [gap.verdict] if gap.seeds > 2 else []
+    bound = [f"within ± {number(gap.bound)}"] if gap.verdict == "not told apart" else []
+    lines = [*told, gap.change, f"{number(gap.a)} against {number(gap.b)}", *bound]
+    return "\n".join(line.replace(" ", "\u00a0") for line in lines)  # a line is not broken once more
+
+
+def comparisons_table(found: dict[str, dict[str, Finding]], *keys: str) -> "pandas.DataFrame":
+    """Comparisons as a pandas table of text: rows (question, data set), of data sets that have a record.
+
+    `found`: findings by the name of their data set. Cells: see `lines_of`.
+    """
+    import pandas as pd
+
+    rows: dict = {}
+    for key in keys:
+        own = {name: findings[key] for name, findings in found.items() if findings[key].found}
+        for name, finding in own.items():
+            rows[finding.question, name] = {kind: lines_of(finding.gaps.get(kind)) for kind in KINDS} | {
+                "trainings": str(finding.trainings), "models": finding.models}
+        if not own:
+            rows[next(iter(found.values()))[key].question, NO_RECORD] = {}
+    return pd.DataFrame(rows).T.fillna("").rename_axis(["question", "data set"])
 
 # %% ../nbs/90e_findings.ipynb #f1d00024
 STANDARD = "not measured here: hybridvae campaign --standard PATH"

@@ -255,3 +255,15 @@ def test_what_int8_costs_names_the_parts_that_stayed_in_float(monkeypatch):
     assert said.startswith("+10.0 % in FD (x)") and "with up.7 in float +1.0 % in FD (x)" in said and "50" not in said
     del table["w, up.7 in float"]
     assert "in float" not in f.int8([], "scenes")[0] and f.int8([], "cifar10") is None
+
+
+def test_a_table_of_comparisons_says_of_each_data_set_what_its_records_hold():
+    three, one = findings("toy", pairs([1.0, 1.1, 1.2], [2.0, 2.02, 2.1])), findings("toy", pairs([1.0], [2.0]))
+    table = f.comparisons_table({"A": three, "B": one}, "refiner", "forms")
+    asked = three["refiner"].question
+    assert list(table.index) == [(asked, "A"), (asked, "B"), (three["forms"].question, NO_RECORD)]
+    first, second = (table.loc[(asked, name), "FD"].replace("\xa0", " ").split("\n") for name in "AB")
+    assert first[0] == "lower" and first[1].startswith("-46 % [") and first[2] == "1.10 against 2.04"
+    assert len(second) == 2 and second[1] == "1.00 against 2.00"  # one training: no verdict
+    assert list(table["trainings"]) == ["3", "1", ""] and "n = 2,000" in table.loc[(asked, "B"), "models"]
+    assert list(table["texture distance"]) == ["", "", ""]  # not measured
