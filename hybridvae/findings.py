@@ -642,10 +642,10 @@ def findings_table(dataset: str) -> "pandas.DataFrame":
 
 # %% ../nbs/90e_findings.ipynb #5c12b27a
 def lines_of(gap: Gap | None) -> str:
-    "A gap in two or three lines, for a table: verdict where three trainings give one, change, values."
+    "A gap in two or three lines, for a table: verdict and p where there are three trainings, change, values."
     if gap is None:
         return ""
-    told = [gap.verdict] if gap.seeds > 2 else []
+    told = [f"{gap.verdict}, p {gap.p:.2g}"] if gap.seeds > 2 else []
     bound = [f"within ± {number(gap.bound)}"] if gap.verdict == "not told apart" else []
     lines = [*told, gap.change, f"{number(gap.a)} against {number(gap.b)}", *bound]
     return "\n".join(line.replace(" ", "\u00a0") for line in lines)  # a line is not broken once more

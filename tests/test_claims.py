@@ -48,7 +48,7 @@ def test_a_table_says_lower_or_higher_only_where_the_interval_is_on_that_side_of
 
 GAP = re.compile(r"[+-]\d+ % \[([+-]\d+), ([+-]\d+)\] in (FD \(\w+\)|texture distance|high-frequency power)"
                  r"( \([^()]* against [^()]*\))?(?:, (lower|higher|not told apart)( \(within ±)?)?")
-CELL = re.compile(r"^(?:(lower|higher|not told apart)<br>)?([+-]\d+) %(?: \[([+-]\d+), ([+-]\d+)\])?<br>"
+CELL = re.compile(r"^(?:(lower|higher|not told apart), p \d[\d.e-]*<br>)?([+-]\d+) %(?: \[([+-]\d+), ([+-]\d+)\])?<br>"
                   r"\S+ against \S+?(<br>within ± \S+)?$")
 
 
