@@ -234,6 +234,15 @@ def map_rows(nb):
     return dict(re.findall(r"^\| \[[^\]]+\]\((\w+\.ipynb)\) \| (?:`([\w.]+)`)? *\|", text, flags=re.M))
 
 
+def test_the_course_on_the_home_page_has_the_order_of_the_sidebar():
+    text = "\n".join(map(source, json.loads((NBS / "index.ipynb").read_text())["cells"]))
+    rows = re.findall(r"^\| (\d+) \| \[[^\]]+\]\((\w+\.ipynb)\) \|", text, flags=re.M)
+    listed = sidebar_entries(yaml.safe_load((NBS / "_quarto.yml").read_text())["website"]["sidebar"]["contents"])
+    lessons = [name for name in listed if name not in ("index.ipynb", "00_glossary.ipynb")]
+    assert [name for _, name in rows] == lessons[:len(rows)] and lessons[len(rows) - 1] == "07_report.ipynb"
+    assert [int(number) for number, _ in rows] == list(range(len(rows)))
+
+
 def default_exp(nb):
     return next((f"hybridvae.{d['default_exp']}" for d in map(directives, cells(nb, "code")) if "default_exp" in d), "")
 
