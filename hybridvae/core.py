@@ -471,7 +471,7 @@ def as_jpeg(figure):
     from IPython.display import Image as Picture
 
     file = io.BytesIO()
-    figure.savefig(file, format="jpeg", dpi=80, bbox_inches="tight", pil_kwargs={"quality": 80})
+    figure.savefig(file, format="jpeg", dpi=80, bbox_inches="tight", pil_kwargs={"quality": 75})
     plt.close(figure)
     return Picture(file.getvalue())
 
