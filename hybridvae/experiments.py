@@ -120,8 +120,8 @@ PRESETS |= {
         "unet": {"image_size": 256, "width": 48, "multipliers": [1, 2, 2], "attention": [8], "middle": True,
                  "patch": 8},
         "diffusion": _X0, **_PHOTOGRAPHS, "n": 1_000, "n_curve": 1_000, "batch": 125, "parameters": 2.8e6,
-        "train_vae": {"kimg": 80, "batch_size": 32, "lr": 1e-3, "flip": True},
-        "train": {"kimg": 60, "batch_size": 16, "lr": 1e-3, "flip": True},
+        "train_vae": {"kimg": 50, "batch_size": 32, "lr": 1e-3, "flip": True},
+        "train": {"kimg": 40, "batch_size": 16, "lr": 1e-3, "flip": True},
     },
     "cifar10-full": {
         "vae": {"image_size": 32, "multipliers": [1, 2, 4], **_PAPER_VAE},
