@@ -7,7 +7,7 @@ __all__ = ['LABELS', 'FAMILIES', 'TEACHERS', 'UNIFORM_BITS', 'POWER', 'QUALITY',
            'JOINT_QUESTION', 'ALONE', 'ADAPTIVE_QUESTION', 'NOISE_QUESTION', 'LEAST_IMAGES', 'LEAST_PAIRS',
            'SPACE_QUESTION', 'QUESTIONS', 'label', 'family', 'palette', 'measurements', 'comparison', 'export_table',
            'in_digits', 'Difference', 'in_per_cent', 'change_in', 'difference', 'pareto_front', 'plot_quality',
-           'Answer', 'joint_differences', 'differences_table', 'joint_answer', 'adaptive_times', 'timed',
+           'Answer', 'joint_differences', 'differences_table', 'joint_answer', 'adaptive_times', 'timed', 'overlap',
            'flow_sentence', 'adaptive_answer', 'growth_under_noise', 'noise_answer', 'space_differences',
            'space_answer']
 
@@ -330,7 +330,9 @@ def differences_table(gaps: dict[str, Difference]) -> "pandas.DataFrame":
 
 
 def _verdict(gap: Difference) -> str:
-    return "lower" if gap.high < 0 else "higher" if gap.low > 0 else "not told apart from no change"
+    "Where the interval lies: no verdict, which needs a correction for all comparisons of a section."
+    where = "lies below zero" if gap.high < 0 else "lies above zero" if gap.low > 0 else "holds zero"
+    return f"the interval {where}"
 
 
 ALONE = ("Each interval is that of one comparison alone; after a correction for all comparisons of a section, fewer "
@@ -371,13 +373,26 @@ def adaptive_times(dataset: str) -> dict[str, tuple[float, float]]:
     return {name: (s, s / plain) for name, s in seconds.items() if s is not None and plain}
 
 # %% ../nbs/06_evaluation.ipynb #1f803203
+def _timing(dataset: str, experiment: str, options: dict) -> dict | None:
+    found = (r for r in sampling_times(dataset) if r["experiment"] == experiment and r["evaluation"] == options)
+    return next(found, None)
+
+
 def timed(dataset: str, experiment: str, **options) -> str:
     "Milliseconds per image with the quartiles of the rounds, as text; empty where it was not timed."
-    found = (r for r in sampling_times(dataset) if r["experiment"] == experiment and r["evaluation"] == options)
-    return next((f"{1000 * r['seconds_per_image']:.1f} ms [{1000 * r['quartiles'][0]:.1f}, "
-                 f"{1000 * r['quartiles'][1]:.1f}]" for r in found), "")
+    r = _timing(dataset, experiment, options)
+    return "" if r is None else (f"{1000 * r['seconds_per_image']:.1f} ms [{1000 * r['quartiles'][0]:.1f}, "
+                                 f"{1000 * r['quartiles'][1]:.1f}]")
 
 
+def overlap(one: dict | None, two: dict | None) -> bool:
+    "Whether the quartiles of two timings overlap, so that no difference in time was measured."
+    if one is None or two is None:
+        return False
+    (low, high), (other_low, other_high) = one["quartiles"], two["quartiles"]
+    return low <= other_high and other_low <= high
+
+# %% ../nbs/06_evaluation.ipynb #40d88369
 def flow_sentence(dataset: str) -> str:
     "What a flow prior adds to the time of an image, and whether it makes steps superfluous; text."
     twenty, three = ({"sampler": "dpmpp", "steps": steps} for steps in (20, 3))
@@ -385,13 +400,15 @@ def flow_sentence(dataset: str) -> str:
     if not own or not other:
         return "What the flow prior adds was not timed here."
     said = f"An image of form 1 with 20 steps takes {own} with the flow prior and {other} without."
-    few, many = (time_of(dataset, name, **o) for name, o in (("adaptive-flow", three), ("adaptive-normal", twenty)))
-    distance, detail = (difference(all_records(dataset), ("adaptive-flow", three), ("adaptive-normal", twenty), kind)
+    few, many = (time_of(dataset, "adaptive-normal", **options) for options in (three, twenty))
+    own, other = (timed(dataset, name, **three) for name in ("adaptive-flow", "adaptive-normal"))
+    distance, detail = (difference(all_records(dataset), ("adaptive-flow", three), ("adaptive-normal", three), kind)
                         for kind in ("FD", POWER))
-    if few is None or many is None or distance is None or detail is None:
+    if few is None or many is None or not own or distance is None or detail is None:
         return said
-    return (f"{said} With it, 3 steps of adaptive conditioning against 20 without: {100 * (few / many - 1):+.0f} % "
-            f"time, {change_in('FD', distance)} and {change_in(POWER, detail)}; {distance.over}.")
+    return (f"{said} With 3 steps at full strength: {own} with it, {other} without; what it changes there: "
+            f"{change_in('FD', distance)} and {change_in(POWER, detail)}; {distance.over}. What 3 steps save against "
+            f"20, {100 * (few / many - 1):+.0f} % time, is the steps' part and not the flow's.")
 
 # %% ../nbs/06_evaluation.ipynb #e2edd542
 def adaptive_answer(dataset: str) -> Answer:
@@ -409,7 +426,10 @@ def adaptive_answer(dataset: str) -> Answer:
             for kind in ("FD", "texture distance")}}
         for name, (s, share) in times.items() if (options := STRATEGIES[name])}).T
     told = {name: timed(dataset, "adaptive-normal", **asked, **STRATEGIES[name]) for name in times}
-    gains = [f"{100 * (times[name][1] - 1):+.0f} % time for {name} ({told[name]} per image)"
+    rounds = {name: _timing(dataset, "adaptive-normal", {**asked, **STRATEGIES[name]}) for name in times}
+    equal = {name: overlap(rounds[name], rounds["full conditioning"]) for name in times}
+    change = {name: "no difference in" if equal[name] else f"{100 * (times[name][1] - 1):+.0f} %" for name in times}
+    gains = [f"{change[name]} time for {name} ({told[name]} per image)"
              for name in ("adaptive strength", "adaptive both") if name in times]
     return Answer(ADAPTIVE_QUESTION, f"{', '.join(gains)}, against full conditioning with as many steps "
                   f"({told['full conditioning']}). {flow_sentence(dataset)}",
@@ -451,7 +471,9 @@ def noise_answer(dataset: str) -> Answer:
                                  for level in levels} for name, own in growth.items()}).T
     at = {name: statistics.fmean(own[0.2]) for name, own in growth.items() if 0.2 in own}
     ranked = sorted(at, key=at.__getitem__)
-    said = "; ".join(f"{at[name]:.1f} times{' the FD with noise of 0.2 on x̂' if name == ranked[0] else ''} for {name}"
+    most = {name: f" ({statistics.fmean(own[0.8]):.1f} at 0.8)" for name, own in growth.items() if 0.8 in own}
+    first = " the FD without noise, with noise of 0.2 on x̂"
+    said = "; ".join(f"{at[name]:.1f} times{first if name == ranked[0] else ''}{most.get(name, '')} for {name}"
                      for name in ranked)
     seeds = max(len(values) for own in growth.values() for values in own.values())
     return Answer(NOISE_QUESTION, f"{said}.",

@@ -79,7 +79,7 @@ class Gap:
     def __str__(self) -> str:
         real = "; real images 1" if self.metric == "high-frequency power" else ""
         told = "" if self.seeds < 3 else f", {self.verdict}"
-        if told.endswith("apart"):
+        if told.endswith("apart") and self.low <= 0 <= self.high:
             told += f" (within ± {number(self.bound)})"
         values = f"{number(self.a)} against {number(self.b)}{real}"
         return f"{self.change} {'the' if ' times' in self.change else 'in'} {self.metric} ({values}){told}"
@@ -176,9 +176,14 @@ FITTED_CODES = (  # on Scenes; nothing was chosen there
                _with("adaptive strength", **MIXTURE), _with("full conditioning", **MIXTURE)),
     Comparison("adaptive fitted control", "With fitted codes, does it matter which images are conditioned less?",
                _with("adaptive strength", **MIXTURE), _with("shuffled strength", **MIXTURE)),
-    Comparison("adaptive variance", "With fitted codes, is the posterior's variance worth acting on?",
+    Comparison("adaptive variance", "With fitted codes, is the variance of the code of x̂ worth acting on?",
                _with("adaptive strength", uncertainty="re-encode", **MIXTURE),
                _with("shuffled strength", uncertainty="re-encode", **MIXTURE)),
+    Comparison("adaptive error", "With fitted codes, is a trained guess of the error of x̂ worth acting on?",
+               _with("adaptive strength", uncertainty="error", **MIXTURE),
+               _with("shuffled strength", uncertainty="error", **MIXTURE)),
+    Comparison("adaptive error, full", "Does strength by that guess help against full conditioning?",
+               _with("adaptive strength", uncertainty="error", **MIXTURE), _with("full conditioning", **MIXTURE)),
 )
 
 # %% ../nbs/90e_findings.ipynb #f1d0000d
@@ -401,7 +406,7 @@ def nearest(records: list[dict], dataset: str) -> tuple[str, int] | None:
             value, floor = _mean(mains[best], kind), (floor_of(dataset, n) or {}).get(found[0])
             shown.append(f"{number(value)} in {found[0]}" + (
                 f" ({number(value / floor)} times the {number(floor)} of real images)" if floor else ""))
-    return (f"{' and '.join(shown)}: {label(best)}, the model with the lowest mean FD at n = {n:,}; "
+    return (f"{' and '.join(shown)}: {label(best)}, the lowest mean FD of the main evaluations at n = {n:,}; "
             f"{trained(len(mains[best]))}.", len(mains[best]))
 
 
@@ -435,9 +440,10 @@ def order(records: list[dict], dataset: str) -> tuple[str, int] | None:
     apart = sum(result.verdict != "not told apart" for result in tested.values())
     told = (f"{apart} of {len(tested)} pairs of refiners are told apart" if tested
             else "with fewer than three trainings no pair is tested")
-    seeds = min(len(mains[name]) for name in names)
+    seeds, most = (f(len(mains[name]) for name in names) for f in (min, max))
+    said = trained(seeds) if seeds == most else f"{seeds} to {most} trainings each"
     shown = " < ".join(f"{label(name)} ({number(_mean(mains[name], 'FD'))})" for name in ranked)
-    return f"{told}; by rising FD: {shown}; {trained(seeds)}.", seeds
+    return f"{told}; by rising FD: {shown}; {said}.", seeds
 
 
 @claim("ratio", "How many times further from real images is the VAE than its refinement?", "a VAE and its refiner")
@@ -537,6 +543,7 @@ def uncertainty(records: list[dict], dataset: str) -> tuple[str, int] | None:
     mean = {name: statistics.fmean(a[name]["rank correlation"] for a in answers if name in a) for name in kinds}
     best = max(mean, key=mean.__getitem__)
     beside = f"; {mean['posterior']:+.2f} for the posterior's variance" if "posterior" in mean else ""
+    beside += f", {mean[USUAL]:+.2f} for “{USUAL}”, the usual choice of strengths" if USUAL in mean else ""
     return (f"{mean[best]:+.2f} rank correlation with the error of x̂ for the uncertainty “{best}”, the highest of "
             f"{len(mean)}{beside}; n = {answers[0]['n']:,}, {trained(len(answers))}.", len(answers))
 
@@ -603,7 +610,7 @@ def int8(records: list[dict], dataset: str) -> tuple[str, int] | None:
     over = "; intervals over pairs of images" if "changes" in first else ""
     return f"{shown}, n = {first['n']:,}, one set of weights, not a claim{over}.", 1
 
-
+# %% ../nbs/90e_findings.ipynb #12e6e733
 @claim("int8 speed", "Is int8 faster?", "timings of a U-Net in int8")
 def int8_speed(records: list[dict], dataset: str) -> tuple[str, int] | None:
     "How many times faster than fp32 a U-Net in int8 runs, by kind of processor."
@@ -611,7 +618,9 @@ def int8_speed(records: list[dict], dataset: str) -> tuple[str, int] | None:
     for key, run in _json("bench.json").get("int8", {}).items():
         median = {row["name"]: row["median"] for row in run["rows"]}
         if key.startswith(dataset) and {"fp32", "int8"} <= median.keys():
-            shown.append(f"{median['fp32'] / median['int8']:.1f} times ({key.partition(', ')[2]})")
+            times = {name: f"{median['fp32'] / median[name]:.1f}" for name in ("int8", "bf16") if name in median}
+            beside = f"; bfloat16 {times['bf16']}" if "bf16" in times else ""
+            shown.append(f"{times['int8']} times ({key.partition(', ')[2]}{beside})")
     said = f"{' and '.join(shown)} as fast as float32, one call of the U-Net, medians of one machine."
     return (said, 1) if shown else None
 
@@ -646,7 +655,8 @@ def lines_of(gap: Gap | None) -> str:
     if gap is None:
         return ""
     told = [f"{gap.verdict}, p {gap.p:.2g}"] if gap.seeds > 2 else []
-    bound = [f"within ± {number(gap.bound)}"] if gap.verdict == "not told apart" else []
+    open_ = gap.verdict == "not told apart" and gap.low <= 0 <= gap.high
+    bound = [f"within ± {number(gap.bound)}"] if open_ else []
     lines = [*told, gap.change, f"{number(gap.a)} against {number(gap.b)}", *bound]
     return "\n".join(line.replace(" ", "\u00a0") for line in lines)  # a line is not broken once more
 

@@ -70,7 +70,7 @@ def test_what_was_chosen_on_a_seed_is_tested_without_it(key):
 
 def test_the_nearest_model_is_of_the_largest_n_and_no_trial():
     made = [record("ddpm", fd=3.0), record("vae", fd=2.5, n=1_000), record("trial-v", fd=1.0)]
-    assert CLAIMS["nearest"](made, "toy").sentence.startswith("3.00 in FD (x): DDPM, the model with the lowest mean FD")
+    assert CLAIMS["nearest"](made, "toy").sentence.startswith("3.00 in FD (x): DDPM, the lowest mean FD")
 
 
 def test_two_experiments_of_a_run_have_a_gap_over_images_and_none_where_n_differs():
