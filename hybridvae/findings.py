@@ -620,7 +620,10 @@ def int8_speed(records: list[dict], dataset: str) -> tuple[str, int] | None:
         if key.startswith(dataset) and {"fp32", "int8"} <= median.keys():
             times = {name: f"{median['fp32'] / median[name]:.1f}" for name in ("int8", "bf16") if name in median}
             beside = f"; bfloat16 {times['bf16']}" if "bf16" in times else ""
-            shown.append(f"{times['int8']} times ({key.partition(', ')[2]}{beside})")
+            kernels = key.partition(", ")[2]
+            place = "" if kernels == "native" else f", limited to {kernels}"
+            machine = run["device"].partition(",")[0].replace("(R)", "")
+            shown.append(f"{times['int8']} times ({machine}{place}{beside})")
     said = f"{' and '.join(shown)} as fast as float32, one call of the U-Net, medians of one machine."
     return (said, 1) if shown else None
 
