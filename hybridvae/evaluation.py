@@ -428,7 +428,7 @@ def adaptive_answer(dataset: str) -> Answer:
     told = {name: timed(dataset, "adaptive-normal", **asked, **STRATEGIES[name]) for name in times}
     rounds = {name: _timing(dataset, "adaptive-normal", {**asked, **STRATEGIES[name]}) for name in times}
     equal = {name: overlap(rounds[name], rounds["full conditioning"]) for name in times}
-    change = {name: "no difference in" if equal[name] else f"{100 * (times[name][1] - 1):+.0f} %" for name in times}
+    change = {k: "no measured difference in" if equal[k] else f"{100 * s - 100:+.0f} %" for k, (_, s) in times.items()}
     gains = [f"{change[name]} time for {name} ({told[name]} per image)"
              for name in ("adaptive strength", "adaptive both") if name in times]
     return Answer(ADAPTIVE_QUESTION, f"{', '.join(gains)}, against full conditioning with as many steps "

@@ -69,6 +69,11 @@ class Gap:
         return "not told apart" if not self.p < 0.05 else "lower" if self.a < self.b else "higher"
 
     @property
+    def within(self) -> str:
+        "How large a difference may still be, where three trainings have an interval that holds zero; else empty."
+        return f"within ± {number(self.bound)}" if self.seeds > 2 and self.low <= 0 <= self.high else ""
+
+    @property
     def change(self) -> str:
         "The change with its interval: -52 % [-59, -45]; of a large one the ratio: 142 times [134, 150]."
         many = abs(self.a - self.b) > MANY * abs(self.b)
@@ -78,9 +83,7 @@ class Gap:
 
     def __str__(self) -> str:
         real = "; real images 1" if self.metric == "high-frequency power" else ""
-        told = "" if self.seeds < 3 else f", {self.verdict}"
-        if told.endswith("apart") and self.low <= 0 <= self.high:
-            told += f" (within ± {number(self.bound)})"
+        told = "" if self.seeds < 3 else f", {self.verdict}" + (f" ({self.within})" if self.within else "")
         values = f"{number(self.a)} against {number(self.b)}{real}"
         return f"{self.change} {'the' if ' times' in self.change else 'in'} {self.metric} ({values}){told}"
 
@@ -658,10 +661,8 @@ def lines_of(gap: Gap | None) -> str:
     if gap is None:
         return ""
     told = [f"{gap.verdict}, p {gap.p:.2g}"] if gap.seeds > 2 else []
-    open_ = gap.verdict == "not told apart" and gap.low <= 0 <= gap.high
-    bound = [f"within ± {number(gap.bound)}"] if open_ else []
-    lines = [*told, gap.change, f"{number(gap.a)} against {number(gap.b)}", *bound]
-    return "\n".join(line.replace(" ", "\u00a0") for line in lines)  # a line is not broken once more
+    lines = [*told, gap.change, f"{number(gap.a)} against {number(gap.b)}", gap.within]
+    return "\n".join(line.replace(" ", "\u00a0") for line in lines if line)  # a line is not broken once more
 
 
 def comparisons_table(found: dict[str, dict[str, Finding]], *keys: str) -> "pandas.DataFrame":

@@ -159,7 +159,7 @@ def test_quartiles_that_overlap_are_no_difference_in_time(monkeypatch):
     assert evaluation.overlap(*({"quartiles": q} for q in quartiles.values()))
     assert not evaluation.overlap({"quartiles": [0.010, 0.011]}, {"quartiles": [0.012, 0.013]})
     assert not evaluation.overlap(None, {"quartiles": [0.010, 0.011]})
-    assert "no difference in time for adaptive strength" in evaluation.adaptive_answer("shapes").sentence
+    assert "no measured difference in time for adaptive strength" in evaluation.adaptive_answer("shapes").sentence
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
