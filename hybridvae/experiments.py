@@ -391,6 +391,19 @@ JOINT += (
         shared=_CPU_JOINT, needs={"vae": "joint-b8-vae-cpu", "unet": "diffusevae-form1-cpu"}),
 )
 
+# %% ../nbs/80_experiments.ipynb #7393c04b
+_SMALL_Z = _SMALL_PARTS | {"z_guidance": True}
+# From the small faces' refiner that is shipped, a fifth of its images on: a quarter of an hour of one core.
+_SMALL_TUNED = Row("", on=_TRIED, train=_GO_ON | {"times_kimg": 0.1}, needs=_both("diffusevae-form1-z-small-cpu"),
+                   steps_study=10)
+_SMALL_JOINT = Row("", shared=_SMALL_TUNED, curve={}, studies={"path_length": CPU_ONE, "condition_agreement": CPU_ONE},
+                   evaluate=tuple(e | FEW | {"steps": 10} for e in (MAIN | USUAL, MAIN)))
+
+JOINT += (
+    Row("joint-none-small-cpu", "joint-none-cpu", model=_SMALL_Z, shared=_SMALL_JOINT),
+    Row("joint-10-small-cpu", "joint-10-cpu", model=_SMALL_Z, shared=_SMALL_JOINT),
+)
+
 # %% ../nbs/80_experiments.ipynb #32bc1422
 _SHORT = MAIN | {"steps": 10}  # the grid on which the strategies are compared
 _COMPARED = (MAIN, *(_SHORT | options for options in STRATEGIES.values()), MAIN | {"steps": 3}, MAIN | {"steps": 5})
@@ -442,6 +455,9 @@ ADAPTIVE += (
     Row("adaptive-normal-cpu", "adaptive-normal", shared=_CPU_TUNED, train=_ADAPT | {"times_kimg": 0.25},
         needs=_both("diffusevae-form1-cpu"), studies={"noise": CPU_ONE, "likelihood": CPU_ONE},
         evaluate=(MAIN | USUAL, *(e | FEW | USUAL for e in _FOUR))),
+    Row("adaptive-normal-small-cpu", "adaptive-normal-cpu", model=_SMALL_Z, shared=_SMALL_TUNED,
+        train=_ADAPT | {"times_kimg": 0.1}, studies={"noise": CPU_ONE},
+        evaluate=tuple(e | FEW | USUAL for e in _FOUR)),
 )
 
 # %% ../nbs/80_experiments.ipynb #9be45bb8
@@ -478,6 +494,18 @@ LATENT += (
     Row("latent-mlp-long-cpu", "latent-mlp-long", on=CPU_ONE, needs={"vae": "vae-cpu"}),
     Row("latent-hybrid-cpu", "latent-hybrid", on=CPU_ONE, evaluate=_REFINED,
         needs={**_both("diffusevae-form1-cpu"), "latent": "latent-mlp-long-cpu"}),
+)
+
+# %% ../nbs/80_experiments.ipynb #f3f09f90
+_IN_TEN = MAIN | FEW | {"refine_steps": 10, "start": 1.0}  # as the small refiner is measured
+LATENT += (
+    Row("latent-mlp-long-small-cpu", "latent-mlp-long-cpu", on=_TRIED, model={"vae": _SMALL_PARTS["vae"]},
+        needs={"vae": "vae-small-cpu"}, evaluate=(MAIN | FEW,),
+        train={"part": "train", "kimg": 400, "batch_size": 64, "lr": 1e-3}),
+    Row("latent-hybrid-small-cpu", "latent-hybrid-cpu", on=_TRIED, model=_SMALL_Z, studies={},
+        needs={**_both("diffusevae-form1-z-small-cpu"), "latent": "latent-mlp-long-small-cpu"},
+        evaluate=(MAIN | FEW | {"refine_steps": 4}, MAIN | FEW | EX_PDE | {"refine_steps": 4},
+                  *(_IN_TEN | own for own in ({}, EX_PDE, {"prior": "realnvp"})))),
 )
 
 # %% ../nbs/80_experiments.ipynb #d2cc243c

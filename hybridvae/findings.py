@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from .adaptive import CHOSEN_ON, STRATEGIES
 from .core import read_json
 from .entries import options_of
-from .evaluation import LEAST_IMAGES, UNIFORM_BITS, Setting, family, label, palette
+from .evaluation import LEAST_IMAGES, SIZES, UNIFORM_BITS, Setting, family, label, palette
 from .metrics import paired_family
 from .records import (all_records, answers_of, evaluation_of, floor_of, grid_of, results_folder, time_of,
                                values_of)
@@ -165,8 +165,6 @@ STAGE_1 = (
                ("diffusevae-form1", MIXTURE), ("diffusevae-form1", NORMAL)),
     Comparison("form 1 against ddpm", "Is form 1 with fitted codes nearer than a plain diffusion model?",
                ("diffusevae-form1", MIXTURE), ("ddpm", {})),
-    Comparison("small ddpm", "On faces, is the small hybrid nearer than a plain diffusion model with its U-Net?",
-               (f"{REFINER}-small", {}), ("ddpm-small", {})),
     Comparison("steps", "What do fewer steps cost?", (REFINER, {"steps": 10, "n": 2_000}),
                (REFINER, {"steps": 50, "n": 2_000})),
     Comparison("steps form 1", "What do fewer steps cost form 1, on drawn images?",
@@ -221,6 +219,12 @@ BONUS = (
                ("latent-hybrid", {}), ("latent-hybrid", MIXTURE)),
     Comparison("latent prior", "Is diffusion of codes better than a mixture, for 20 steps from noise?",
                ("latent-hybrid", {"refine_steps": 20, "start": 1.0}), ("diffusevae-form1", MIXTURE)),
+    Comparison("latent prior faces", "On faces, is diffusion of codes better than a mixture, for 10 steps from noise?",
+               ("latent-hybrid", {"refine_steps": 10, "start": 1.0}),
+               ("latent-hybrid", {"refine_steps": 10, "start": 1.0} | MIXTURE)),
+    Comparison("latent flow faces", "On faces, is a fitted flow better than a mixture, for 10 steps from noise?",
+               ("latent-hybrid", {"refine_steps": 10, "start": 1.0, "prior": "realnvp"}),
+               ("latent-hybrid", {"refine_steps": 10, "start": 1.0} | MIXTURE)),
 )
 ACCELERATION = (
     Comparison("distilled", "What do four steps of a distilled student cost?", ("distill-form1-4", {}),
@@ -247,7 +251,7 @@ COMPARISONS = sum(SECTIONS, ())
 def of_one_size(records: list[dict], *experiments: str) -> list[str] | None:
     "The experiments' names with the suffix of the largest size that all of them were evaluated in; None without one."
     known = {r["experiment"] for r in records if r["evaluations"]}
-    for size in ("-full", "", "-cpu"):
+    for size in SIZES:
         names = [name + size for name in experiments]
         if known.issuperset(names):
             return names
@@ -317,6 +321,7 @@ def gap_between(records: list[dict], a: str, b: str, kind: str = "FD") -> Gap | 
 
 # %% ../nbs/90e_findings.ipynb #f1d00010
 USUAL = "cycle"  # the uncertainty of all strategies that name none
+_PRIORS = {"ex-pde": "fitted mixture", "realnvp": "fitted flow", None: "N(0, I)"}
 
 
 def _told(names: list[str] | None, comparison: Comparison) -> list[str]:
@@ -329,7 +334,7 @@ def _told(names: list[str] | None, comparison: Comparison) -> list[str]:
         told = [label(names[place] if names else experiment)]
         told += [name for name, strategy in STRATEGIES.items() if experiment == "adaptive-normal" and strategy == own]
         told += [f"by {by}"] if by != USUAL else []
-        told += [{"ex-pde": "fitted mixture", None: "N(0, I)"}[options["prior"]]] if "prior" in options else []
+        told += [_PRIORS[options["prior"]]] if "prior" in options else []
         told += [f"{options['components'] or 'all'} components"] if "components" in options else []
         told += [f"{options['refine_steps']} steps in pixels"] if "refine_steps" in options else []
         told += [f"{options['steps']} steps"] if "steps" in options and comparison.key != "adaptive" else []
@@ -433,7 +438,7 @@ VARIANTS = ("vae", "diffusevae-form1", "diffusevae-form1-z", "diffusevae-form2",
 def order(records: list[dict], dataset: str) -> tuple[str, int] | None:
     "The five variants by rising distance, and how many pairs of refiners are told apart."
     mains = _mains(records)
-    sizes = [[name + size for name in VARIANTS if name + size in mains] for size in ("-full", "", "-cpu")]
+    sizes = [[name + size for name in VARIANTS if name + size in mains] for size in SIZES]
     names = max(sizes, key=len)
     if len(names) < 4:
         return None
@@ -557,7 +562,7 @@ def likelihood(records: list[dict], dataset: str) -> tuple[str, int] | None:
     bounds: dict[str, tuple] = {}
     useless = {}  # bounds above that of uniform noise say nothing
     for name in ("vae", "ddpm"):
-        for size in ("", "-cpu"):
+        for size in SIZES[1:]:
             answers = answers_of(records, name + size, "likelihood").values()
             own = [a["own"]["bits_per_dim"] for a in answers if "own" in a]
             if own and statistics.fmean(own) >= UNIFORM_BITS:
@@ -689,7 +694,7 @@ STANDARD = "not measured here: hybridvae campaign --standard PATH"
 def common_size(records: list[dict]) -> str:
     "The suffix of the size in which most of the variants have a record, of equals the largest: a row has one size."
     mains = _mains(records)
-    return max(("-full", "", "-cpu"), key=lambda size: sum(name + size in mains for name in VARIANTS))
+    return max(SIZES, key=lambda size: sum(name + size in mains for name in VARIANTS))
 
 
 def _cell(records: list[dict], experiment: str, kind: str) -> str:
@@ -735,7 +740,7 @@ def provenance_table(dataset: str) -> "pandas.DataFrame":
 def pairs_record(dataset: str) -> dict | None:
     "The record whose grid of pairs stands for a data set: a refiner of seed 0, the largest size first; None without."
     records = {(r["experiment"], r["seed"]): r for r in all_records(dataset)}
-    names = [name + size for size in ("-full", "", "-cpu") for name in (REFINER, "diffusevae-form1")]
+    names = [name + size for size in SIZES for name in (REFINER, "diffusevae-form1")]
     known = (records[name, 0] for name in names if (name, 0) in records)
     return next((record for record in known if grid_of(record, "pairs")), None)
 

@@ -218,7 +218,7 @@ def test_no_two_comparisons_are_the_same_test():
 
 def test_a_small_ddpm_stands_beside_the_hybrid_with_its_u_net():
     records = [record("diffusevae-form1-z-small-cpu", fd=1.0), record("ddpm-small-cpu", fd=2.0)]
-    said = findings("toy", records)["small ddpm"].sentence
+    said = findings("toy", records)["ddpm"].sentence
     assert said.startswith("-50 % [") and "“form 1 + z, small, CPU size” less “DDPM, small, CPU size”" in said
 
 
