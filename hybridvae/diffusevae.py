@@ -25,7 +25,7 @@ from .core import image_draws, randn, to_float, to_uint8
 from .data import ImageData
 from .diffusion import GaussianDiffusion
 from .features import FeatureModel, hue_difference
-from .metrics import ImageStatistics, frechet_distance, linear_readout, path_length
+from .metrics import ImageStatistics, frechet_distance, linear_readout, path_length, slerp
 from .priors import Prior, StandardNormal
 from .runs import Material, study
 from .unet import UNet
@@ -230,6 +230,16 @@ class RefinerRecords(RefinerGenerator):
         x_hat, x = self.sample_pairs(n, generator=generator, **options)
         pairs = torch.stack([images[:side * rows].reshape(rows, side, *x.shape[1:]) for images in (x_hat, x)], dim=1)
         return {"": x, "pairs": pairs.flatten(0, 2)}
+
+    @torch.no_grad()
+    def paths(self, ends: torch.Tensor, n: int, generator: Source, **options) -> torch.Tensor:
+        """Rows of n images: x̂ on the way between the mean codes of two images, and below it the refinements.
+
+        `ends` (2 K, C, H, W) are the two of each way; one noise for all, so that nothing but the code changes.
+        """
+        noise, z = randn((1, *self.image_shape), generator).to(self.vae.device), self.vae.encode(ends)[0]
+        ways = [slerp(a.expand(n, -1), b.expand(n, -1), torch.linspace(0, 1, n)) for a, b in zip(z[::2], z[1::2])]
+        return torch.cat([images for way in ways for images in self.interpolate(way, noise, **options)])
 
     def of_vae(self, name: str) -> Callable:
         "A method that a `VAE` has. Raises `HybridVAEError` where another model in its place has none."

@@ -123,7 +123,7 @@ def no_record(*datasets: str):
 
 # %% ../nbs/00i_records.ipynb #5ec0d1a7
 def grid_of(record: dict, kind: str = "") -> Path | None:
-    "The picture of samples beside a record, if there is one; kind \"pairs\": x̂ above its refinement."
+    "The picture beside a record, if there is one: samples; kind \"pairs\": x̂ above its refinement; or \"paths\"."
     paths = [record_path(root, record).with_suffix("") for root in reversed(record_roots())]
     stems = [path.as_posix() + (kind and f"-{kind}") for path in paths]
     pictures = (Path(stem + suffix) for stem in stems for suffix in (".png", ".jpg"))

@@ -503,9 +503,15 @@ class _Measuring(_Training):
         "Uncurated samples beside the record: ten by ten, five by five of large images."
         size, path = model.image_shape[-1], record_path(self.runs, vars(entry))
         side = 10 if size < 128 else 5
-        options = model.sampling_options(options_of(entry.evaluations[0]), _images(*_key(entry))[0], entry.seed)
+        data, test = _images(*_key(entry))
+        options = model.sampling_options(options_of(entry.evaluations[0]), data, entry.seed)
         options = {k: v for k, v in options.items() if k != "n"}
-        for name, images in model.showcase(side * side, image_draws(entry.seed, 0, side * side), **options).items():
+        shown = model.showcase(side * side, image_draws(entry.seed, 0, side * side), **options)
+        if "path_length" in entry.studies and hasattr(model, "paths"):  # what that number is about
+            options.pop("prior", None)
+            shown["paths"] = model.paths(test.first(6).float().to(model.device), side, image_draws(entry.seed, 0, 1),
+                                         **options)
+        for name, images in shown.items():
             stem = path.stem + (f"-{name}" if name else "")
             save_grid(images, path.with_name(stem + (".png" if size < 64 else ".jpg")), columns=side)
 

@@ -246,6 +246,19 @@ def test_pictures_beside_a_record_are_samples_and_rows_of_coarse_images_above_th
     assert torch.equal(rows[1::2].flatten(0, 1), x[:half])
 
 
+def test_paths_lead_from_the_code_of_one_image_to_that_of_another_under_one_noise():
+    m, ends = model(z_guidance=True), images(4)
+    rows = m.paths(ends, 5, generator(7), sampler="ddim", steps=2).reshape(2, 2, 5, 3, 16, 16)
+    z, noise = m.vae.encode(ends)[0], torch.randn(1, 3, 16, 16, generator=generator(7))
+    for way, (a, b) in zip(rows, (z[:2], z[2:])):
+        middle = slerp(a[None], b[None], 0.5)
+        for place, code in ((0, a[None]), (2, middle), (4, b[None])):
+            x_hat = m.vae.decode(code)
+            torch.testing.assert_close(way[0, place:place + 1], x_hat)
+            torch.testing.assert_close(way[1, place:place + 1],
+                                       m.refine(x_hat, code, noise=noise, sampler="ddim", steps=2))
+
+
 @pytest.mark.parametrize("form", [1, 2])
 def test_sampling_starts_at_the_noise_the_form_says(form):
     m, x_hat, seen = model(form), images(seed=5), []

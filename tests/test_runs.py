@@ -139,6 +139,15 @@ def test_pictures_beside_a_record_have_ten_by_ten_images_and_show_pairs(whole):
     assert not list(folder.glob("shapes/*/seed*/*.png"))
 
 
+def test_beside_a_path_length_stands_a_picture_of_paths(whole, monkeypatch, tmp_path):
+    folder, _ = whole
+    assert not list(folder.glob("shapes/hybrid/*paths*"))
+    monkeypatch.setitem(runs.STUDIES, "path_length", lambda model, m: {"n": m.n, "x̂": 1.0})
+    record = run(dataclasses.replace(HYBRID, studies=("path_length",)), tmp_path)
+    path = record_path(tmp_path, record).with_name("seed0-paths.png")
+    assert Image.open(path).size == (10 * 32 + 9, 6 * 32 + 5)  # three ways, two rows
+
+
 def test_the_same_entry_gives_the_same_numbers_and_another_seed_others(whole, tmp_path):
     folder, record = whole
     assert results(run(HYBRID, tmp_path)) == results(record)
