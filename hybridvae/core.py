@@ -250,6 +250,10 @@ class Recorded(nn.Module):
         "Pictures beside a run record: name -> n uncurated images; options as in `sample`."
         return {"": self.sample(n, generator=generator, **options)}
 
+    def paths(self, ends: torch.Tensor, n: int, generator: Source, **options) -> dict[str, torch.Tensor]:
+        "A picture of ways between images (2 K, C, H, W), n places each: name -> images; empty where there are none."
+        return {}
+
     def keep_start(self) -> None:
         """Called before a training and before its continuation, while the weights are those that the run began with.
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROBUSTNESS_LEVELS', 'PATH_PAIRS', 'CoarseModel', 'as_vae', 'FrozenVAE', 'RefinerParts', 'RefinerInputs',
-           'RefinerTraining', 'RefinerSampling', 'RefinerGenerator', 'RefinerRecords', 'RefinerStudies', 'DiffuseVAE',
-           'drop_conditions', 'guide', 'attribute_direction', 'convert_form', 'feature_agreement',
+           'RefinerTraining', 'RefinerSampling', 'RefinerGenerator', 'RefinerRecords', 'RefinerPaths', 'RefinerStudies',
+           'DiffuseVAE', 'drop_conditions', 'guide', 'attribute_direction', 'convert_form', 'feature_agreement',
            'condition_agreement', 'DiffusersVAE', 'condition_agreement_study', 'prior_gap_study', 'robustness_study',
            'path_length_study', 'readout_study', 'likelihood_study']
 
@@ -231,16 +231,6 @@ class RefinerRecords(RefinerGenerator):
         pairs = torch.stack([images[:side * rows].reshape(rows, side, *x.shape[1:]) for images in (x_hat, x)], dim=1)
         return {"": x, "pairs": pairs.flatten(0, 2)}
 
-    @torch.no_grad()
-    def paths(self, ends: torch.Tensor, n: int, generator: Source, **options) -> torch.Tensor:
-        """Rows of n images: x̂ on the way between the mean codes of two images, and below it the refinements.
-
-        `ends` (2 K, C, H, W) are the two of each way; one noise for all, so that nothing but the code changes.
-        """
-        noise, z = randn((1, *self.image_shape), generator).to(self.vae.device), self.vae.encode(ends)[0]
-        ways = [slerp(a.expand(n, -1), b.expand(n, -1), torch.linspace(0, 1, n)) for a, b in zip(z[::2], z[1::2])]
-        return torch.cat([images for way in ways for images in self.interpolate(way, noise, **options)])
-
     def of_vae(self, name: str) -> Callable:
         "A method that a `VAE` has. Raises `HybridVAEError` where another model in its place has none."
         if not hasattr(self.vae, name):
@@ -248,9 +238,27 @@ class RefinerRecords(RefinerGenerator):
                                  "`VAE` has.")
         return getattr(self.vae, name)
 
+# %% ../nbs/01_diffusevae.ipynb #09bf0ace
+#| code-fold: true
+class RefinerPaths(RefinerRecords):
+    "Ways between images, of a `DiffuseVAE`."
+
+    interpolate: Callable
+
+    @torch.no_grad()
+    def paths(self, ends: torch.Tensor, n: int, generator: Source, **options) -> dict[str, torch.Tensor]:
+        """The picture "paths": rows of x̂ between the mean codes of two images, and below each its refinements.
+
+        `ends` (2 K, C, H, W) are the two of each way, in n places; one noise for all: only the code changes.
+        """
+        noise, z = randn((1, *self.image_shape), generator).to(self.vae.device), self.vae.encode(ends)[0]
+        ways = [slerp(a.expand(n, -1), b.expand(n, -1), torch.linspace(0, 1, n)) for a, b in zip(z[::2], z[1::2])]
+        rows = [images for way in ways for images in self.interpolate(way, noise, **options)]
+        return {"paths": torch.cat(rows)}
+
 # %% ../nbs/01_diffusevae.ipynb #d1f5a015
 #| code-fold: true
-class RefinerStudies(RefinerRecords):
+class RefinerStudies(RefinerPaths):
     "What evaluations and studies ask of a `DiffuseVAE`."
 
     def sampling_options(self, options: dict, data, seed: int = 0) -> dict:

@@ -471,7 +471,7 @@ def _sampling_flops(model: Model, evaluations: Iterable[dict]) -> float:
 # %% ../nbs/00i_runs.ipynb #65f74719
 @dataclasses.dataclass
 class _Measuring(_Training):
-    "Evaluates and studies a trained model, and draws the pictures beside its record."
+    "Evaluates and studies a trained model."
 
     def evaluations(self, entry: Entry, model: Model, networks: list[nn.Module], references: list[dict],
                     done: _Progress) -> None:
@@ -499,6 +499,11 @@ class _Measuring(_Training):
                 self.show(f"study: {name}")
                 done.add_study(name, STUDIES[name](model, material))
 
+# %% ../nbs/00i_runs.ipynb #9b38402c
+@dataclasses.dataclass
+class _Picturing(_Measuring):
+    "Draws the pictures beside a record."
+
     def pictures(self, entry: Entry, model: Model) -> None:
         "Uncurated samples beside the record: ten by ten, five by five of large images."
         size, path = model.image_shape[-1], record_path(self.runs, vars(entry))
@@ -507,10 +512,9 @@ class _Measuring(_Training):
         options = model.sampling_options(options_of(entry.evaluations[0]), data, entry.seed)
         options = {k: v for k, v in options.items() if k != "n"}
         shown = model.showcase(side * side, image_draws(entry.seed, 0, side * side), **options)
-        if "path_length" in entry.studies and hasattr(model, "paths"):  # what that number is about
+        if "path_length" in entry.studies:  # what that number is about
             options.pop("prior", None)
-            shown["paths"] = model.paths(test.first(6).float().to(model.device), side, image_draws(entry.seed, 0, 1),
-                                         **options)
+            shown |= model.paths(test.float(6).to(model.device), side, image_draws(entry.seed, 0, 1), **options)
         for name, images in shown.items():
             stem = path.stem + (f"-{name}" if name else "")
             save_grid(images, path.with_name(stem + (".png" if size < 64 else ".jpg")), columns=side)
@@ -554,7 +558,7 @@ def _record(entry: Entry, model: Model, trained: dict, done: _Progress, network:
     }
 
 # %% ../nbs/00i_runs.ipynb #b6033faa
-class _Recording(_Measuring):
+class _Recording(_Picturing):
     "Writes the record."
 
     def finished(self, entry: Entry, model: Model, trained: dict, networks: list[nn.Module], references: list[dict],

@@ -248,7 +248,7 @@ def test_pictures_beside_a_record_are_samples_and_rows_of_coarse_images_above_th
 
 def test_paths_lead_from_the_code_of_one_image_to_that_of_another_under_one_noise():
     m, ends = model(z_guidance=True), images(4)
-    rows = m.paths(ends, 5, generator(7), sampler="ddim", steps=2).reshape(2, 2, 5, 3, 16, 16)
+    rows = m.paths(ends, 5, generator(7), sampler="ddim", steps=2)["paths"].reshape(2, 2, 5, 3, 16, 16)
     z, noise = m.vae.encode(ends)[0], torch.randn(1, 3, 16, 16, generator=generator(7))
     for way, (a, b) in zip(rows, (z[:2], z[2:])):
         middle = slerp(a[None], b[None], 0.5)
