@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -204,3 +205,11 @@ def test_a_bound_above_that_of_uniform_noise_is_not_shown(written):
 def test_all_kinds_of_quality_are_columns_of_the_committed_records():
     frame = evaluation.measurements("cifar10")
     assert set(QUALITY) <= set(frame.columns) and frame["FD"].notna().all()
+
+
+def test_models_of_about_equal_cost_share_a_mark_on_the_front():
+    rows = [("a", 1.0, 9.0), ("b", 2.0, 8.0), ("c", 2.05, 7.0), ("d", 2.09, 6.0), ("e", 4.0, 5.0)]
+    _, ax = plt.subplots()
+    evaluation._name_front(pd.DataFrame(rows, columns=["model", "ms", "FD"]), "ms", "FD", ax)
+    assert [text.get_text() for text in ax.texts] == ["1", "2 to 4", "5"]
+    plt.close("all")
