@@ -253,25 +253,30 @@ def pareto_front(frame: "pandas.DataFrame", cost: str, quality: str) -> "pandas.
     ordered = frame.dropna(subset=[cost, quality]).sort_values([cost, quality])
     return ordered[ordered[quality] < ordered[quality].cummin().shift(fill_value=math.inf)]
 
-
+# %% ../nbs/06_evaluation.ipynb #e464789e
 ABOUT_EQUAL = 1.05  # costs that differ by less get one mark in a chart
 
 
+def _together(costs: list[float]) -> list[list[int]]:
+    "The places of rising costs; those together that are about equal to the first of them."
+    groups: list[list[int]] = []
+    for place, cost in enumerate(costs):
+        if groups and cost < ABOUT_EQUAL * costs[groups[-1][0]]:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+# %% ../nbs/06_evaluation.ipynb #00638ebd
 def _name_front(front: "pandas.DataFrame", cost: str, quality: str, ax: "Axes") -> None:
     "A line through the front, its models numbered, their names below; those of about equal cost share a mark."
     from matplotlib.offsetbox import AnchoredText
 
     ax.plot(front[cost], front[quality], color="0.4", linewidth=1, drawstyle="steps-post")
     named = front.drop_duplicates("model")
-    groups: list[list[tuple]] = []  # (number, cost, quality)
-    for one in zip(range(1, len(named) + 1), named[cost], named[quality]):
-        if groups and one[1] < ABOUT_EQUAL * groups[-1][0][1]:
-            groups[-1].append(one)
-        else:
-            groups.append([one])
-    for own in groups:
-        first, last = own[0][0], own[-1][0]
-        ax.annotate(f"{first}" if first == last else f"{first} to {last}", own[-1][1:], (4, 8 * (last % 3) - 6),
+    for own in _together(named[cost].tolist()):
+        numbers = " to ".join(dict.fromkeys(str(place + 1) for place in (own[0], own[-1])))
+        ax.annotate(numbers, (named[cost].iloc[own[-1]], named[quality].iloc[own[-1]]), (4, 8 * (own[-1] % 3) - 6),
                     fontsize=9, textcoords="offset points")
     names = "\n".join(f"{number} {name}" for number, name in enumerate(named["model"], 1))
     ax.add_artist(AnchoredText(names, "upper left", prop={"size": 9}, frameon=False, bbox_to_anchor=(0, -0.2),
