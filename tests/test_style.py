@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_site import NOTEBOOKS, cells, code, directives, md, only_imports, parsed, source
+from test_site import NOTEBOOKS, cells, code, directives, exported, md, only_imports, parsed, source
 
 ROOT = Path(__file__).parents[1]
 LINE, CELL, LESSON_CELL = 120, 40, 25  # characters of a line; lines of a cell, and of one in the lessons 01 to 07
+LIVE = 80  # characters of a line of code that a reader runs: a page shows so many beside its margins
 
 # pattern -> what is written instead
 WORDS = {
@@ -52,6 +53,12 @@ def bounded_cells(path, nb):
 def short_lines(path, nb):
     lines = [line for cell in nb["cells"] for line in source(cell).splitlines()]
     return [f"a line of {len(line)} characters: {line[:60]!r}" for line in lines if len(line) > LINE and breaks(line)]
+
+
+def narrow_code(path, nb):
+    lines = [line for cell in cells(nb, "code") if not exported(cell) for line in source(cell).splitlines()]
+    return [f"a line of code of {len(line)} characters, more than {LIVE}: {line[:60]!r}" for line in lines
+            if len(line) > LIVE and not line.startswith("#|") and breaks(line)]
 
 
 def breaks(line):
@@ -97,7 +104,7 @@ def stray_lists(path, nb):
     return faults
 
 
-CHECKS = [bounded_cells, short_lines, folded_imports, words, rows_with_names, stray_lists]
+CHECKS = [bounded_cells, short_lines, narrow_code, folded_imports, words, rows_with_names, stray_lists]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -147,6 +154,7 @@ FAULTS = [
     (short_lines, LESSON, md("x" * (LINE + 1)), "121 characters"),
     (short_lines, LESSON, md("| a | " + "x " * LINE + " |"), "248 characters"),
     (short_lines, LESSON, code("#| fig-cap: " + "x" * LINE), "132 characters"),
+    (narrow_code, REFERENCE, code("x = " + "1" * LIVE), "84 characters, more than 80"),
     (folded_imports, LESSON, code("import math"), "import math"),
     (folded_imports, LESSON, code("#| export\nfrom math import pi"), "from math import pi"),
     (stray_lists, LESSON, md("with variance\n1. The same"), "1. The same"),
