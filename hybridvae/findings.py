@@ -9,13 +9,15 @@ __all__ = ['DIGITS', 'MANY', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE', 'NORMAL
            'trained', 'nothing', 'Comparison', 'of_one_size', 'with_refiner', 'evaluations_of', 'metric_of',
            'gap_between', 'compared', 'claim', 'nearest', 'detail', 'order', 'ratio', 'replication_order',
            'sampling_time', 'latent_time', 'agreement', 'uncertainty', 'likelihood', 'noise', 'int8', 'int8_speed',
-           'faces', 'findings', 'findings_table', 'lines_of', 'comparisons_table', 'common_size', 'replication_table',
-           'provenance_table', 'pairs_record', 'show_pairs', 'pictured', 'first_page', 'show_gaps']
+           'faces', 'findings', 'findings_table', 'as_html', 'on_photographs', 'lines_of', 'comparisons_table',
+           'common_size', 'replication_table', 'provenance_table', 'pairs_record', 'show_pairs', 'pictured',
+           'first_page', 'show_gaps']
 
 # %% ../nbs/90e_findings.ipynb #f1d00003
 #| code-fold: true
 import dataclasses
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Callable
@@ -659,6 +661,20 @@ def findings_table(dataset: str) -> "pandas.DataFrame":
 
     rows = [(f.question, f.sentence, f.trainings) for f in findings(dataset).values() if f.found]
     return pd.DataFrame(rows, columns=["question", "found", "trainings"])
+
+# %% ../nbs/90e_findings.ipynb #a866133c
+def as_html(table: "pandas.DataFrame", index: bool = True):
+    "A table of text as IPython `HTML`: ends of lines in cells are kept, the white space of its source is not."
+    from IPython.display import HTML
+
+    html = re.sub(r"\n\s*", "", table.to_html(index=index))
+    return HTML(html.replace("\\n", "<br>"))
+
+
+def on_photographs(*keys: str):
+    "Comparisons on photographs as a table, IPython `HTML`."
+    photographs = (name for name in TITLES if name not in ("scenes", "shapes"))
+    return as_html(comparisons_table({TITLES[name]: findings(name) for name in photographs}, *keys))
 
 # %% ../nbs/90e_findings.ipynb #5c12b27a
 def lines_of(gap: Gap | None) -> str:
