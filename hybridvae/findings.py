@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DIGITS', 'MANY', 'NO_RECORD', 'KINDS', 'REFINER', 'MIXTURE', 'NORMAL', 'TEN', 'CHOSEN', 'STAGE_1', 'FITTED_CODES',
            'STAGES_2_AND_3', 'BONUS', 'ACCELERATION', 'SECTIONS', 'COMPARISONS', 'USUAL', 'CLAIMS', 'VARIANTS',
-           'REPLICATION', 'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'number', 'Gap', 'Finding',
-           'trained', 'nothing', 'Comparison', 'of_one_size', 'with_refiner', 'evaluations_of', 'metric_of',
+           'REPLICATION', 'REPLICATION_SCORES', 'PAPER', 'STANDARD', 'TITLES', 'PICTURE', 'LEGEND', 'number', 'Gap',
+           'Finding', 'trained', 'nothing', 'Comparison', 'of_one_size', 'with_refiner', 'evaluations_of', 'metric_of',
            'gap_between', 'compared', 'claim', 'nearest', 'detail', 'order', 'ratio', 'replication_order',
            'sampling_time', 'latent_time', 'agreement', 'uncertainty', 'likelihood', 'noise', 'int8', 'int8_speed',
            'faces', 'findings', 'findings_table', 'as_html', 'on_photographs', 'lines_of', 'comparisons_table',
@@ -793,6 +793,11 @@ def pictured() -> str:
     return next((name for name in TITLES if pairs_record(name)), "shapes")
 
 
+LEGEND = ("x̂ is the coarse image that the VAE draws, *form 1* a way to give it to the refiner (*+ z*: with its code). "
+          "FD and texture distance measure how far samples are from real images: less is better. Brackets hold 95 % "
+          "intervals.")
+
+
 def first_page() -> str:
     "What the records say a hybrid is good for, as markdown: a picture and three sentences with their numbers."
     found = {name: findings(name) for name in TITLES}
@@ -808,7 +813,7 @@ def first_page() -> str:
         lines.append(f"- **{title}** {f'{TITLES[name]}: {short}' if said.found else f'There is {NO_RECORD}.'}")
     wrapped = [textwrap.fill(line, 116, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
     picture = f"![Above: uncurated samples of a VAE ({TITLES[pictured()]}). Below each: what the refiner makes of it.]"
-    return (f"{picture}({PICTURE})\n\n" + "\n".join(wrapped) +
+    return (f"{picture}({PICTURE})\n\n" + "\n".join(wrapped) + "\n\n" + textwrap.fill(LEGEND, 118) +
             "\n\nAll of it, with intervals and with what did not work, is in the [report](07_report.ipynb).")
 
 # %% ../nbs/90e_findings.ipynb #f1d0002c
