@@ -8,7 +8,7 @@ __all__ = ['LABELS', 'FAMILIES', 'SIZES', 'TEACHERS', 'UNIFORM_BITS', 'POWER', '
            'LEAST_PAIRS', 'SPACE_QUESTION', 'QUESTIONS', 'label', 'family', 'palette', 'measurements', 'comparison',
            'export_table', 'in_digits', 'Difference', 'in_per_cent', 'change_in', 'difference', 'pareto_front',
            'plot_quality', 'Answer', 'joint_differences', 'differences_table', 'joint_answer', 'adaptive_times',
-           'timed', 'overlap', 'flow_sentence', 'adaptive_answer', 'growth_under_noise', 'noise_answer',
+           'timed', 'overlap', 'flow_sentence', 'adaptive_answer', 'growth_under_noise', 'noise_answer', 'path_lengths',
            'space_differences', 'space_answer']
 
 # %% ../nbs/06_evaluation.ipynb #38c4cad5
@@ -504,10 +504,14 @@ LEAST_PAIRS = 5_000  # of a path length: of fewer it varies too much between see
 SPACE_QUESTION = "Is the latent space smoother or more interpretable with joint training?"
 
 
+def path_lengths(records: list[dict], experiment: str) -> dict[int, float]:
+    "By seed, those of enough pairs."
+    return {s: a["x̂"] for s, a in answers_of(records, experiment, "path_length").items() if a["n"] >= LEAST_PAIRS}
+
+
 def space_differences(records: list[dict]) -> dict[str, Difference]:
     "Path length (of enough pairs) and mean readout of factors, joint training less its control."
-    lengths = lambda name: {s: a["x̂"] for s, a in answers_of(records, name, "path_length").items()
-                            if a["n"] >= LEAST_PAIRS}
+    lengths = lambda name: path_lengths(records, name)
     read = lambda a: statistics.fmean(v for k, v in a.items() if isinstance(v, float) and k != "grain")
     readout = lambda name: {s: read(a) for s, a in answers_of(records, name, "readout").items()}
     found = {}
@@ -521,11 +525,27 @@ def space_differences(records: list[dict]) -> dict[str, Difference]:
     return found
 
 # %% ../nbs/06_evaluation.ipynb #5d2a7608
+def _of_one_training(records: list[dict]) -> Answer | None:
+    "The path lengths of joint training and its control where there are too few trainings for an interval."
+    import pandas as pd
+
+    for joint, control in JOINT_PAIRS:
+        one, two = path_lengths(records, joint), path_lengths(records, control)
+        if one.keys() & two.keys():
+            a, b = (statistics.fmean(values.values()) for values in (one, two))
+            said = (f"{100 * (a / b - 1):+.0f} % in path length ({a:.1f} against {b:.1f}): “{label(joint)} less "
+                    f"{label(control)}”, {len(one)} training{'s' * (len(one) > 1)} each, no interval.")
+            return Answer(SPACE_QUESTION, said, "Too few trainings for a claim.",
+                          pd.DataFrame({"path length": {label(joint): a, label(control): b}}))
+    return None
+
+# %% ../nbs/06_evaluation.ipynb #1e8e3963
 def space_answer(dataset: str) -> Answer:
     "What joint training changes in smoothness and readability of the code."
-    gaps = space_differences(all_records(dataset))
+    records = all_records(dataset)
+    gaps = space_differences(records)
     if not gaps:
-        return _unanswered(SPACE_QUESTION, dataset, "path length or readout of three seeds of joint training")
+        return _of_one_training(records) or _unanswered(SPACE_QUESTION, dataset, "path length of joint training")
     models = next(iter(gaps)).partition(", ")[2]
     words = [f"{change_in(name.partition(', ')[0], gap)}, {_verdict(gap)}" for name, gap in gaps.items()
              if name.endswith(models)]

@@ -213,3 +213,13 @@ def test_models_of_about_equal_cost_share_a_mark_on_the_front():
     evaluation._name_front(pd.DataFrame(rows, columns=["model", "ms", "FD"]), "ms", "FD", ax)
     assert [text.get_text() for text in ax.texts] == ["1", "2 to 4", "5"]
     plt.close("all")
+
+
+def test_a_path_length_of_one_training_is_told_without_an_interval(monkeypatch):
+    made = [record(name, path_length={"n": 5_000, "x̂": length}) | {"studied": {}}
+            for name, length in (("joint-10-cpu", 90.0), ("joint-none-cpu", 100.0))]
+    monkeypatch.setattr(evaluation, "all_records", lambda dataset: made)
+    said = evaluation.space_answer("toy")
+    assert said.sentence.startswith("-10 % in path length (90.0 against 100.0)") and "no interval" in said.sentence
+    monkeypatch.setattr(evaluation, "all_records", lambda dataset: made[:1])
+    assert evaluation.space_answer("toy").table is None
