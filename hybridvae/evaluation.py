@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LABELS', 'FAMILIES', 'SIZES', 'TEACHERS', 'UNIFORM_BITS', 'POWER', 'QUALITY', 'COSTS', 'Setting', 'ABOUT_EQUAL',
            'JOINT_PAIRS', 'JOINT_QUESTION', 'ALONE', 'ADAPTIVE_QUESTION', 'NOISE_QUESTION', 'LEAST_IMAGES',
-           'LEAST_PAIRS', 'SPACE_QUESTION', 'QUESTIONS', 'label', 'family', 'palette', 'measurements', 'comparison',
-           'export_table', 'in_digits', 'Difference', 'in_per_cent', 'change_in', 'difference', 'pareto_front',
-           'plot_quality', 'Answer', 'joint_differences', 'differences_table', 'joint_answer', 'adaptive_times',
-           'timed', 'overlap', 'flow_sentence', 'adaptive_answer', 'growth_under_noise', 'noise_answer', 'path_lengths',
-           'space_differences', 'space_answer']
+           'LEAST_PAIRS', 'SPACE_QUESTION', 'SPACE_LIMIT', 'QUESTIONS', 'label', 'family', 'palette', 'measurements',
+           'comparison', 'export_table', 'in_digits', 'Difference', 'in_per_cent', 'change_in', 'difference',
+           'pareto_front', 'plot_quality', 'Answer', 'joint_differences', 'differences_table', 'joint_answer',
+           'adaptive_times', 'timed', 'overlap', 'flow_sentence', 'adaptive_answer', 'growth_under_noise',
+           'noise_answer', 'path_lengths', 'space_differences', 'space_answer']
 
 # %% ../nbs/06_evaluation.ipynb #38c4cad5
 #| code-fold: true
@@ -502,6 +502,7 @@ def noise_answer(dataset: str) -> Answer:
 # %% ../nbs/06_evaluation.ipynb #704b691d
 LEAST_PAIRS = 5_000  # of a path length: of fewer it varies too much between seeds
 SPACE_QUESTION = "Is the latent space smoother or more interpretable with joint training?"
+SPACE_LIMIT = f"A shorter path can also mean that less is in the code; both are means over all directions. {ALONE}"
 
 
 def path_lengths(records: list[dict], experiment: str) -> dict[int, float]:
@@ -534,8 +535,8 @@ def _of_one_training(records: list[dict]) -> Answer | None:
         if one.keys() & two.keys():
             a, b = (statistics.fmean(values.values()) for values in (one, two))
             said = (f"{100 * (a / b - 1):+.0f} % in path length ({a:.1f} against {b:.1f}): “{label(joint)} less "
-                    f"{label(control)}”, {len(one)} training{'s' * (len(one) > 1)} each, no interval.")
-            return Answer(SPACE_QUESTION, said, "Too few trainings for a claim.",
+                    f"{label(control)}”, {len(one)} training{'s' * (len(one) > 1)} each, no interval: not a claim.")
+            return Answer(SPACE_QUESTION, said, SPACE_LIMIT,
                           pd.DataFrame({"path length": {label(joint): a, label(control): b}}))
     return None
 
@@ -551,8 +552,7 @@ def space_answer(dataset: str) -> Answer:
              if name.endswith(models)]
     over = next(iter(gaps.values())).over
     return Answer(SPACE_QUESTION, f"{'; '.join(words)}: “{models}”, {over}. A shorter path is a smoother space.",
-                  "A shorter path can also mean that less is in the code; both are means over all directions. "
-                  f"{ALONE}", differences_table(gaps))
+                  SPACE_LIMIT, differences_table(gaps))
 
 
 QUESTIONS = (joint_answer, adaptive_answer, noise_answer, space_answer)
