@@ -447,7 +447,8 @@ def test_every_experiment_comes_through_a_dry_run_that_is_stopped_once(data, tmp
     if data == "cifar10":
         entries = [e for e in entries if e.experiment not in LATER_RUNGS]
     if data.endswith("-cpu"):  # of the later stages one that starts from another: the rest is as without the suffix
-        entries = [e for e in entries if e.experiment.startswith(("features", "vae", "ddpm", "diffusevae", "joint-10-cpu"))]
+        kept = ("features", "vae", "ddpm", "diffusevae", "joint-10-cpu")
+        entries = [e for e in entries if e.experiment.startswith(kept)]
     if data == "celeba64":  # the same at another image size, at which each model is built, trained and sampled below
         entries = [e for e in entries if e.experiment not in ON_CIFAR10]
     before = dry_run(entries, tmp_path, minutes=0.03)
