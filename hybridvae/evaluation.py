@@ -506,7 +506,7 @@ SPACE_LIMIT = f"A shorter path can also mean that less is in the code; both are 
 
 
 def path_lengths(records: list[dict], experiment: str) -> dict[int, float]:
-    "By seed, those of enough pairs."
+    "Path lengths of an experiment by seed, of records with enough pairs."
     return {s: a["x̂"] for s, a in answers_of(records, experiment, "path_length").items() if a["n"] >= LEAST_PAIRS}
 
 
